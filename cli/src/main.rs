@@ -1,0 +1,2 @@
+//! Train, pack, ask and check memory layers.
+fn main() {}

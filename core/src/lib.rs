@@ -1,0 +1,1 @@
+//! The mathematics of memory layers: forward and backward, no_std, generic over storage.

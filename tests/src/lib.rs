@@ -1,0 +1,1 @@
+//! What it means to be a memlayer backend: one suite, many backends.
