@@ -18,8 +18,19 @@ items!(f32, f64, F16, Bf16, E4m3, E5m2, i8, u8, u32, u64);
 /// The transcendental functions are those of the `libm` crate on every target, with or without the standard
 /// library, so that no cargo feature of any dependency can change a number.
 pub trait Real:
-    Item + Num + PartialOrd + ToPrimitive + FromPrimitive + AddAssign + SubAssign + MulAssign + DivAssign
-    + core::ops::Neg<Output = Self> + Mul<Output = Self> + Element + Trainable
+    Item
+    + Num
+    + PartialOrd
+    + ToPrimitive
+    + FromPrimitive
+    + AddAssign
+    + SubAssign
+    + MulAssign
+    + DivAssign
+    + core::ops::Neg<Output = Self>
+    + Mul<Output = Self>
+    + Element
+    + Trainable
 {
     /// The unit round-off, half the distance from 1 to the next number.
     const EPS: Self;

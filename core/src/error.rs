@@ -86,12 +86,7 @@ impl core::error::Error for ArgError {}
 ///
 /// # Errors
 /// [`ArgError::Shape`].
-pub const fn check_len(
-    op: &'static str,
-    operand: &'static str,
-    expected: usize,
-    found: usize,
-) -> Result<(), ArgError> {
+pub const fn check_len(op: &'static str, operand: &'static str, expected: usize, found: usize) -> Result<(), ArgError> {
     if expected == found { Ok(()) } else { Err(ArgError::Shape { op, operand, expected, found }) }
 }
 

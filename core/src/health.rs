@@ -11,7 +11,8 @@ pub struct Health {
     pub used_percent: f64,
     /// The Kullback-Leibler divergence from the uniform distribution over all slots, in nats: 0 is even.
     pub kl_nats: f64,
-    /// The Gini coefficient: 0 is even, 1 is all mass in one slot of many.
+    /// The Gini coefficient from the Lorenz curve at each slot: `1 - 2/n · Σ F(i)`, `F(i)` being the share of the `i`
+    /// slots with the least mass. Even use gives `-1/n`, all mass in one slot `1 - 2/n`.
     pub gini: f64,
     /// The fewest slots that hold 50 % of the mass.
     pub top50: usize,
@@ -39,14 +40,14 @@ impl Health {
         if total <= 0.0 {
             return Self { used_percent: 0.0, kl_nats: 0.0, gini: 0.0, top50: 0, top90: 0, top99: 0 };
         }
-        let (mut entropy, mut ranked) = (0.0, 0.0);
-        for (rank, &m) in mass.iter().enumerate() {
+        let (mut entropy, mut share, mut lorenz) = (0.0, 0.0, 0.0);
+        for &m in mass.iter() {
             let p = m / total;
             if p > 0.0 {
                 entropy -= p * libm::log(p);
             }
-            // The Gini coefficient of ascending p: Σ (2·rank - n - 1)·p / n, ranks from 1.
-            ranked += (2.0 * (rank as f64 + 1.0) - slots - 1.0) * p;
+            share += p;
+            lorenz += share;
         }
         let top = |share: f64| {
             let mut sum = 0.0;
@@ -61,7 +62,7 @@ impl Health {
         Self {
             used_percent: 100.0 * used as f64 / slots,
             kl_nats: (libm::log(slots) - entropy).max(0.0),
-            gini: ranked / slots,
+            gini: 1.0 - 2.0 * lorenz / slots,
             top50: top(0.50),
             top90: top(0.90),
             top99: top(0.99),

@@ -270,7 +270,12 @@ pub fn forward<V: Table, K: Table, D: Backend<V, K>>(
             let (queries, keys) = match (&mut act.norm, gain) {
                 (Some(norm), Some(gain)) => {
                     let out = D::reborrow(&mut norm.keys);
-                    device.rms_norm(RmsNorm { dims: key_norm(config), x: D::shorten(*keys), gain: D::shorten(*gain), out })?;
+                    device.rms_norm(RmsNorm {
+                        dims: key_norm(config),
+                        x: D::shorten(*keys),
+                        gain: D::shorten(*gain),
+                        out,
+                    })?;
                     (D::read(&norm.queries), D::read(&norm.keys))
                 }
                 _ => (D::read(&act.queries), D::shorten(*keys)),
@@ -399,7 +404,11 @@ impl<'a, D: Device> Grads<'a, D> {
 
 /// What [`backward`] needs besides the activations: for every gradient, asked for or not.
 #[must_use]
-pub fn backward_scratch<V: Table, K: Table, D: Backend<V, K>>(device: &D, config: &Config, tokens: usize) -> ScratchReq {
+pub fn backward_scratch<V: Table, K: Table, D: Backend<V, K>>(
+    device: &D,
+    config: &Config,
+    tokens: usize,
+) -> ScratchReq {
     let dims = SelectDims::new(config, tokens);
     let trained = <D as SelectRows<D::Rows<'_>>>::select_backward_scratch(device, dims, true);
     let select = trained.or(<D as SelectRows<K>>::select_backward_scratch(device, dims, false));
@@ -419,6 +428,7 @@ fn own_scratch(config: &Config, tokens: usize) -> usize {
 /// # Errors
 /// As [`forward`]; and [`ArgError::Presence`] if a gradient is asked for that the configuration has not, or that of
 /// packed keys, or PEER's without [`Grads::dots`].
+#[allow(clippy::too_many_arguments, reason = "what forward takes, and the gradients")]
 pub fn backward<V: Table, K: Table, D: Backend<V, K>>(
     device: &D,
     config: &Config,
@@ -481,7 +491,13 @@ fn gates_backward<V: Table, K: Table, D: Backend<V, K>>(
     if let (Some(sigmoid), Some(projection)) = (&act.sigmoid, &params.sigmoid) {
         let y = if params.value_proj.is_some() { D::read(&sigmoid.out) } else { D::read(gated) };
         let (dy, dgate) = (D::reborrow(&mut dprojected), D::reborrow(&mut dsigmoid));
-        device.sigmoid_gate_backward(GateBackward { y, gate: D::read(&sigmoid.gate), dout: D::shorten(dout), dy, dgate })?;
+        device.sigmoid_gate_backward(GateBackward {
+            y,
+            gate: D::read(&sigmoid.gate),
+            dout: D::shorten(dout),
+            dy,
+            dgate,
+        })?;
         let dgate = D::read(&dsigmoid);
         linear_backward(device, tokens, x, projection, dgate, input.next(), &mut grads.sigmoid)?;
         dprojected_view = D::read(&dprojected);

@@ -239,10 +239,7 @@ impl<'a, T: Item> DenseRowsMut<'a, T> {
     #[must_use]
     pub fn split_at(self, id: RowId) -> (Self, Self) {
         let (head, tail) = self.items.split_at_mut((id - self.first) as usize * self.width);
-        (
-            Self { items: head, width: self.width, first: self.first },
-            Self { items: tail, width: self.width, first: id },
-        )
+        (Self { items: head, width: self.width, first: self.first }, Self { items: tail, width: self.width, first: id })
     }
 }
 

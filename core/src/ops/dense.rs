@@ -48,13 +48,7 @@ pub struct LinearDims {
     pub outputs: usize,
 }
 
-fn linear_dims(
-    op: &'static str,
-    tokens: usize,
-    x: usize,
-    weight: usize,
-    out: usize,
-) -> Result<LinearDims, ArgError> {
+fn linear_dims(op: &'static str, tokens: usize, x: usize, weight: usize, out: usize) -> Result<LinearDims, ArgError> {
     // The widths follow from the operands' lengths; with no tokens nothing is computed and none is needed.
     if tokens == 0 {
         check_len(op, "x", 0, x)?;

@@ -186,7 +186,8 @@ pub trait SelectRows<K: Table>: Device {
     ///
     /// # Errors
     /// [`ArgError`] if a size does not fit, an id is no slot, or the scratch is too small.
-    fn select_backward(&self, args: SelectBackward<'_, Self, K>, scratch: Scratch<'_, Self>) -> Result<(), Self::Error>;
+    fn select_backward(&self, args: SelectBackward<'_, Self, K>, scratch: Scratch<'_, Self>)
+    -> Result<(), Self::Error>;
 }
 
 /// The order of the selection law, best first: `Less` if score `a` is better than score `b`.

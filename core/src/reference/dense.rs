@@ -2,9 +2,7 @@
 
 use crate::element::Real;
 use crate::error::ArgError;
-use crate::ops::dense::{
-    Dense, Gate, GateBackward, Linear, LinearBackward, NORM_EPS, RmsNorm, RmsNormBackward,
-};
+use crate::ops::dense::{Dense, Gate, GateBackward, Linear, LinearBackward, NORM_EPS, RmsNorm, RmsNormBackward};
 use crate::reference::Reference;
 
 impl<F: Real> Dense for Reference<F> {
@@ -53,8 +51,8 @@ impl<F: Real> Dense for Reference<F> {
         if let Some(dbias) = args.dbias {
             dbias.fill(F::zero());
             for t in 0..dims.tokens {
-                for o in 0..outputs {
-                    dbias[o] += args.dout[t * outputs + o];
+                for (dbias, &dout) in dbias.iter_mut().zip(&args.dout[t * outputs..(t + 1) * outputs]) {
+                    *dbias += dout;
                 }
             }
         }

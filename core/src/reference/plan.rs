@@ -42,12 +42,7 @@ impl<F: Real> RowReduce for Reference<F> {
         Ok(())
     }
 
-    fn reduce(
-        &self,
-        plan: RowPlan<'_, Self>,
-        gradient: RowGradient<'_, Self>,
-        out: &mut [F],
-    ) -> Result<(), ArgError> {
+    fn reduce(&self, plan: RowPlan<'_, Self>, gradient: RowGradient<'_, Self>, out: &mut [F]) -> Result<(), ArgError> {
         gradient.check("reduce", &plan)?;
         let unique = plan.unique[0] as usize;
         if out.len() < unique * gradient.dim {

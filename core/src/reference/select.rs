@@ -4,9 +4,7 @@ use crate::device::{Scratch, ScratchReq};
 use crate::element::Real;
 use crate::error::{ArgError, check_ids};
 use crate::ops::plan::{PlanBuffers, RowGradient, RowReduce};
-use crate::ops::select::{
-    Best, Select, SelectBackward, SelectDims, SelectRows, best_pairs, half_candidates, softmax,
-};
+use crate::ops::select::{Best, Select, SelectBackward, SelectDims, SelectRows, best_pairs, half_candidates, softmax};
 use crate::reference::Reference;
 use crate::reference::plan::row_sum;
 use crate::storage::RowStore;
