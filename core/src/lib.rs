@@ -11,7 +11,8 @@
 //! * [`mod@reference`]: those operations as plain loops over `f32` or `f64`: the oracle of every other backend, and
 //!   the smallest one;
 //! * [`layer`]: the whole way through a layer, forward and backward, for any backend;
-//! * [`health`]: how evenly the slots are used.
+//! * [`health`]: how evenly the slots are used;
+//! * [`random`]: numbers that are the same on every machine.
 //!
 //! It is not a tensor framework and not an autograd engine: it has no shapes at run time beyond the sizes in
 //! [`config::Config`], it allocates nothing, and every buffer belongs to the caller.
@@ -41,6 +42,7 @@ pub mod error;
 pub mod health;
 pub mod layer;
 pub mod ops;
+pub mod random;
 pub mod reference;
 pub mod storage;
 
@@ -48,5 +50,6 @@ pub use config::{Config, ConfigError};
 pub use device::{Device, Host, Scratch, ScratchReq};
 pub use element::{Bf16, E4m3, E5m2, Element, F16, Item, Real, Trainable};
 pub use error::ArgError;
+pub use random::Random;
 pub use reference::Reference;
 pub use storage::{DenseRows, DenseRowsMut, Row, RowId, RowStore, ScaledRows, Table, TrainRows, TrainStore};

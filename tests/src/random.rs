@@ -2,33 +2,30 @@
 
 use memlayer_core::Real;
 
-/// A stream of numbers picked by a seed (`SplitMix64`).
+/// A stream of inputs.
 #[derive(Clone, Debug)]
-pub struct Random(u64);
+pub struct Random(memlayer_core::Random);
 
 impl Random {
     /// The stream of a seed.
     #[must_use]
     pub const fn new(seed: u64) -> Self {
-        Self(seed)
+        Self(memlayer_core::Random::new(seed))
     }
 
     /// 64 bits.
     pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
+        self.0.bits()
     }
 
     /// A number below `n`.
     pub fn below(&mut self, n: usize) -> usize {
-        usize::try_from(self.bits() % n as u64).expect("below a usize")
+        self.0.below(n)
     }
 
     /// A number in -1..1.
     pub fn unit(&mut self) -> f64 {
-        (self.bits() >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+        2.0 * self.0.uniform() - 1.0
     }
 
     /// `len` numbers in -1..1.

@@ -4,6 +4,7 @@ use crate::device::{Scratch, ScratchReq};
 use crate::element::Real;
 use crate::error::ArgError;
 use crate::ops::plan::{RowGradient, RowPlan, RowReduce};
+use crate::random::mix;
 use crate::storage::Table;
 
 /// How new values are rounded to a row's format.
@@ -52,15 +53,6 @@ impl Step {
             }
         }
     }
-}
-
-/// A bijection of 64 bits whose output looks random (the finalizer of `SplitMix64`, Steele et al. 2014).
-#[inline(always)]
-const fn mix(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
 }
 
 /// How a row changes.

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 pub use file::{GoldenError, GoldenFile};
 use memlayer_core::Reference;
-type Cpu = Reference<f32>; // TEMP
+use memlayer_cpu::Cpu;
 
 /// The bound of the relative error (L2 norm of the difference over that of the golden tensor) in `f64`: the files
 /// hold `f32`.

@@ -1,0 +1,228 @@
+//! Instruction sets: tokens that only detection makes, the vector operations a token gives the right to, and the
+//! kernels written over them. It is the only place with vector intrinsics.
+//!
+//! An operation dispatches once per piece of work ([`dispatch!`]); everything below is generic over [`Simd`] and
+//! inlined into a function compiled for that instruction set. NEON will be one more file beside `avx2.rs`, one more
+//! variant of [`Isa`] and of [`Token`]; until then other machines run [`Lanes`], which is portable.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod lanes;
+pub(crate) mod product;
+pub(crate) mod rows;
+
+use core::fmt;
+use core::str::FromStr;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::Avx512;
+pub(crate) use lanes::Lanes;
+
+/// An instruction set this backend has kernels for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Isa {
+    /// What every machine of the target has.
+    Scalar,
+    /// AVX2 and FMA (x86-64-v3).
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL (x86-64-v4).
+    Avx512,
+}
+
+impl Isa {
+    const ALL: [Self; 3] = [Self::Avx512, Self::Avx2, Self::Scalar];
+
+    /// The instruction sets of this machine, best first.
+    pub fn available() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(|isa| Token::new(*isa).is_some())
+    }
+
+    /// The name: `scalar`, `avx2` or `avx512`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+        }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A name that is none of an instruction set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnknownIsa;
+
+impl fmt::Display for UnknownIsa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("no instruction set of this name: scalar, avx2 and avx512 are")
+    }
+}
+
+impl core::error::Error for UnknownIsa {}
+
+impl FromStr for Isa {
+    type Err = UnknownIsa;
+    fn from_str(name: &str) -> Result<Self, UnknownIsa> {
+        Self::ALL.into_iter().find(|isa| isa.name() == name).ok_or(UnknownIsa)
+    }
+}
+
+/// The right to use an instruction set.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Token {
+    Scalar(Lanes<4>),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+}
+
+impl Token {
+    /// The right to use `isa`, if this machine has it.
+    pub(crate) fn new(isa: Isa) -> Option<Self> {
+        match isa {
+            Isa::Scalar => Some(Self::Scalar(Lanes)),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => Avx2::new().map(Self::Avx2),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => Avx512::new().map(Self::Avx512),
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => None,
+        }
+    }
+}
+
+/// Runs `$body` with `$s` a token of the instruction set, compiled for it.
+macro_rules! dispatch {
+    ($token:expr, $s:ident => $body:expr) => {
+        match $token {
+            $crate::isa::Token::Scalar($s) => $crate::isa::Simd::vectorize(
+                $s,
+                #[inline(always)]
+                || $body,
+            ),
+            #[cfg(target_arch = "x86_64")]
+            $crate::isa::Token::Avx2($s) => $crate::isa::Simd::vectorize(
+                $s,
+                #[inline(always)]
+                || $body,
+            ),
+            #[cfg(target_arch = "x86_64")]
+            $crate::isa::Token::Avx512($s) => $crate::isa::Simd::vectorize(
+                $s,
+                #[inline(always)]
+                || $body,
+            ),
+        }
+    };
+}
+pub(crate) use dispatch;
+
+/// Vectors of `f32` of one instruction set.
+///
+/// `mul` then `add` is never fused: vertical sums rely on it. Positions are counted in floats from [`Simd::COUNT`],
+/// whose low bits are then the count.
+pub(crate) trait Simd: Copy + Send + Sync + 'static {
+    /// Scalars in a vector.
+    const LANES: usize;
+    /// Rows of the tile that a product keeps in registers.
+    const TILE: usize;
+    /// Where counting starts: the floats from here on are consecutive integers, and so are their bits.
+    const COUNT: f32 = 8_388_608.0;
+    /// A vector.
+    type V: Copy;
+
+    /// Runs `f` compiled for this instruction set.
+    fn vectorize<R>(self, f: impl FnOnce() -> R) -> R;
+    fn splat(self, x: f32) -> Self::V;
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The greater; anything if one is NaN.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a · b + c`, fused where that is as fast.
+    fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The sum of all lanes.
+    fn sum(self, v: Self::V) -> f32;
+    /// One bit a lane: `a >= b`.
+    fn ge_bits(self, a: Self::V, b: Self::V) -> u32;
+    /// One bit a lane: not `a < b`, so true where one is NaN.
+    fn not_lt_bits(self, a: Self::V, b: Self::V) -> u32;
+    /// `count`, one more where `a > b`.
+    fn count_gt(self, count: Self::V, a: Self::V, b: Self::V) -> Self::V;
+    /// `count`, one more where `a >= b`.
+    fn count_ge(self, count: Self::V, a: Self::V, b: Self::V) -> Self::V;
+    /// `count`, one more in the lanes behind `lane` where `a == b`.
+    fn count_eq_behind(self, count: Self::V, a: Self::V, b: Self::V, lane: usize) -> Self::V;
+    /// Writes the lanes whose bit is set, and `base` plus their position, one after the other; returns how many.
+    /// What comes behind them in the first `LANES` places of `scores` and `ids` means nothing.
+    ///
+    /// # Panics
+    /// If one of them has fewer places.
+    fn compress(self, bits: u32, v: Self::V, base: u32, scores: &mut [f32], ids: &mut [u32]) -> usize {
+        assert!(scores.len() >= Self::LANES && ids.len() >= Self::LANES);
+        let mut lanes = [0.0; 16];
+        self.store(v, &mut lanes);
+        let (mut left, mut n) = (bits, 0);
+        while left != 0 {
+            let lane = left.trailing_zeros();
+            scores[n] = lanes[lane as usize];
+            ids[n] = base + lane;
+            n += 1;
+            left &= left - 1;
+        }
+        n
+    }
+    /// Asks for the cache line of `at`, which may be any address.
+    fn prefetch(self, at: *const u8);
+
+    /// `LANES` scalars from `from` on.
+    ///
+    /// # Safety
+    /// * All of them may be read.
+    unsafe fn load_at(self, from: *const f32) -> Self::V;
+    /// `LANES` scalars to `to` on.
+    ///
+    /// # Safety
+    /// * All of them may be written.
+    unsafe fn store_at(self, v: Self::V, to: *mut f32);
+
+    /// The first `LANES` scalars.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    #[inline(always)]
+    fn load(self, from: &[f32]) -> Self::V {
+        let from = &from[..Self::LANES];
+        // SAFETY: the slice has `LANES` elements, so as many may be read from its start.
+        unsafe { self.load_at(from.as_ptr()) }
+    }
+    /// To the first `LANES` scalars.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    #[inline(always)]
+    fn store(self, v: Self::V, to: &mut [f32]) {
+        let to = &mut to[..Self::LANES];
+        // SAFETY: the slice has `LANES` elements and is borrowed mutably, so as many may be written to its start.
+        unsafe { self.store_at(v, to.as_mut_ptr()) }
+    }
+    /// Asks for every cache line of `memory`.
+    #[inline(always)]
+    fn prefetch_all<T>(self, memory: &[T]) {
+        let (start, bytes) = (memory.as_ptr().cast::<u8>(), size_of_val(memory));
+        for at in (0..bytes).step_by(64) {
+            self.prefetch(start.wrapping_add(at));
+        }
+    }
+}

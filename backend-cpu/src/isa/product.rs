@@ -1,0 +1,154 @@
+//! Dense products: a tile of the result stays in registers while the depth runs past it.
+//!
+//! Every element of a result is one chain of (fused) products and sums in order of the depth, whatever the tiles:
+//! results depend on neither blocks nor workers.
+
+use super::Simd;
+
+/// Vectors in a row of a tile.
+const NV: usize = 2;
+
+/// Columns of a panel.
+#[inline(always)]
+pub(crate) const fn width<S: Simd>() -> usize {
+    NV * S::LANES
+}
+
+/// The widest panel of any instruction set.
+pub(crate) const MAX_WIDTH: usize = NV * 16;
+
+/// Depth that is run through in one go, so that a panel stays in the first cache.
+pub(crate) const DEPTH: usize = 256;
+
+/// A matrix of a product's left: element `(r, k)` is `data[r · row + k · step]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Left<'a> {
+    pub(crate) data: &'a [f32],
+    pub(crate) row: usize,
+    pub(crate) step: usize,
+}
+
+/// A panel of a product's right: element `(k, j)` is `data[k · step + j]`, for [`width`] columns `j`.
+#[derive(Clone, Copy)]
+pub(crate) struct Panel<'a> {
+    pub(crate) data: &'a [f32],
+    pub(crate) step: usize,
+}
+
+/// `out[r · stride + j] = Σ_k left(r, k) · panel(k, j)`, or added to it with `more`, for `rows` rows and the first
+/// `columns` columns of the panel.
+///
+/// # Panics
+/// If an operand is too short.
+#[inline(always)]
+pub(crate) fn multiply<S: Simd>(
+    s: S,
+    (rows, depth, columns): (usize, usize, usize),
+    left: Left<'_>,
+    panel: Panel<'_>,
+    out: (&mut [f32], usize),
+    more: bool,
+) {
+    let (out, stride) = out;
+    if rows == 0 || columns == 0 {
+        return;
+    }
+    assert!(columns <= width::<S>() && columns <= stride.max(columns));
+    assert!((rows - 1) * stride + columns <= out.len(), "out of a product");
+    if depth > 0 {
+        assert!((rows - 1) * left.row + (depth - 1) * left.step < left.data.len(), "left of a product");
+        assert!((depth - 1) * panel.step + width::<S>() <= panel.data.len(), "panel of a product");
+    }
+    let mut r = 0;
+    while r < rows {
+        let left = Left { data: &left.data[(r * left.row).min(left.data.len())..], ..left };
+        let out = (&mut out[r * stride..], stride);
+        let size = (depth, columns);
+        r += match rows - r {
+            8.. if S::TILE == 8 => tile::<S, 8>(s, size, left, panel, out, more),
+            6.. if S::TILE == 6 => tile::<S, 6>(s, size, left, panel, out, more),
+            4.. => tile::<S, 4>(s, size, left, panel, out, more),
+            2.. => tile::<S, 2>(s, size, left, panel, out, more),
+            _ => tile::<S, 1>(s, size, left, panel, out, more),
+        };
+    }
+}
+
+/// `R` rows of [`multiply`], whose checks hold for them; returns `R`.
+#[inline(always)]
+fn tile<S: Simd, const R: usize>(
+    s: S,
+    (depth, columns): (usize, usize),
+    left: Left<'_>,
+    panel: Panel<'_>,
+    (out, stride): (&mut [f32], usize),
+    more: bool,
+) -> usize {
+    let full = columns == NV * S::LANES;
+    let mut acc = [[s.splat(0.0); NV]; R];
+    if more {
+        for (r, acc) in acc.iter_mut().enumerate() {
+            *acc = read(s, &out[r * stride..r * stride + columns], full);
+        }
+    }
+    let (left_start, panel_start) = (left.data.as_ptr(), panel.data.as_ptr());
+    for k in 0..depth {
+        // SAFETY: `k < depth`, and `multiply` asserts that `(depth - 1) · step + width` elements of the panel exist,
+        // so both vectors from `k · step` on are in bounds.
+        let b: [S::V; NV] = unsafe {
+            let from = panel_start.add(k * panel.step);
+            [s.load_at(from), s.load_at(from.add(S::LANES))]
+        };
+        for (r, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: `r < R` rows are left, and `multiply` asserts that element (last row, last of the depth) of
+            // the left exists; this one is not behind it.
+            let a = s.splat(unsafe { *left_start.add(r * left.row + k * left.step) });
+            for (acc, &b) in acc.iter_mut().zip(&b) {
+                *acc = s.mul_add(a, b, *acc);
+            }
+        }
+    }
+    for (r, acc) in acc.iter().enumerate() {
+        write(s, acc, &mut out[r * stride..r * stride + columns], full);
+    }
+    R
+}
+
+#[inline(always)]
+fn read<S: Simd>(s: S, from: &[f32], full: bool) -> [S::V; NV] {
+    if full {
+        return [s.load(from), s.load(&from[S::LANES..])];
+    }
+    let mut whole = [0.0; MAX_WIDTH];
+    whole[..from.len()].copy_from_slice(from);
+    [s.load(&whole), s.load(&whole[S::LANES..])]
+}
+
+#[inline(always)]
+fn write<S: Simd>(s: S, acc: &[S::V; NV], to: &mut [f32], full: bool) {
+    if full {
+        s.store(acc[0], to);
+        s.store(acc[1], &mut to[S::LANES..]);
+        return;
+    }
+    let mut whole = [0.0; MAX_WIDTH];
+    s.store(acc[0], &mut whole);
+    s.store(acc[1], &mut whole[S::LANES..]);
+    to.copy_from_slice(&whole[..to.len()]);
+}
+
+/// Makes a panel, rows of [`width`], out of up to so many rows of `depth` elements at `rows[n · stride..]`; columns
+/// without a row are zero.
+#[inline(always)]
+pub(crate) fn transpose<S: Simd>(rows: &[f32], stride: usize, count: usize, depth: usize, panel: &mut [f32]) {
+    let width = width::<S>();
+    if count < width {
+        panel[..depth * width].fill(0.0);
+    }
+    for n in 0..count {
+        let row = &rows[n * stride..n * stride + depth];
+        for (&x, to) in row.iter().zip(panel[n..].iter_mut().step_by(width)) {
+            *to = x;
+        }
+    }
+}

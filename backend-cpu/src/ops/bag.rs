@@ -1,0 +1,141 @@
+//! Embedding bags: a block of columns stays in registers while the rows of a bag run past it, and the rows that come
+//! next are asked for ahead of time.
+
+use memlayer_core::ArgError;
+use memlayer_core::RowStore;
+use memlayer_core::error::check_ids;
+use memlayer_core::ops::bag::{BagDot, BagSum, EmbeddingBag};
+
+use crate::Cpu;
+use crate::isa::rows::{Columns, add_row, columns, dot_row};
+use crate::isa::{Simd, dispatch};
+use crate::ops::piece;
+
+/// Rows that are asked for before they are summed.
+const AHEAD: usize = 8;
+
+/// About how long a row of `dim` values takes, in nanoseconds.
+pub(super) fn row_cost(dim: usize) -> usize {
+    4 + dim / 8
+}
+
+impl<T: RowStore + Sync> EmbeddingBag<T> for Cpu {
+    fn bag_sum(&self, table: &T, args: BagSum<'_, Self>) -> Result<(), ArgError> {
+        let (dim, bag) = (table.dim(), args.bag);
+        let tokens = args.check(dim)?;
+        check_ids("bag_sum", args.ids, table.rows())?;
+        let cost = bag * row_cost(dim);
+        let piece = piece(tokens, cost);
+        let pieces = args.out.chunks_mut((piece * dim).max(1)).enumerate();
+        self.pool.for_each(tokens * cost, pieces, |(i, out)| {
+            let (ids, weights) = (&args.ids[i * piece * bag..], &args.weights[i * piece * bag..]);
+            dispatch!(self.token, s => {
+                for (t, out) in out.chunks_exact_mut(dim).enumerate() {
+                    let (ids, weights) = (&ids[t * bag..], &weights[t * bag..(t + 1) * bag]);
+                    let mut sum = Sum { table, ids, weights, out, accumulate: args.accumulate };
+                    columns(s, dim, &mut sum);
+                }
+            });
+        });
+        Ok(())
+    }
+
+    fn bag_dot(&self, table: &T, args: BagDot<'_, Self>) -> Result<(), ArgError> {
+        let (dim, bag) = (table.dim(), args.bag);
+        let tokens = args.check(dim)?;
+        check_ids("bag_dot", args.ids, table.rows())?;
+        let cost = bag * row_cost(dim);
+        let piece = piece(tokens, cost);
+        let pieces = args.out.chunks_mut(piece * bag).enumerate();
+        self.pool.for_each(tokens * cost, pieces, |(i, out)| {
+            let (ids, vectors) = (&args.ids[i * piece * bag..], &args.vectors[i * piece * dim..]);
+            dispatch!(self.token, s => {
+                for (t, out) in out.chunks_exact_mut(bag).enumerate() {
+                    let (ids, vector) = (&ids[t * bag..], &vectors[t * dim..(t + 1) * dim]);
+                    columns(s, dim, &mut Dot { table, row: |l: usize| ids.get(l).copied(), vector, out });
+                }
+            });
+        });
+        Ok(())
+    }
+}
+
+/// Asks for the row that comes [`AHEAD`] rows after row `l` of a bag: in this block of columns, the next block, or
+/// the next bag, whose rows follow if `row` knows them.
+#[inline(always)]
+fn ask<S: Simd, T: RowStore>(
+    s: S,
+    table: &T,
+    row: impl Fn(usize) -> Option<u32>,
+    (l, bag): (usize, usize),
+    (col, width): (usize, usize),
+) {
+    let ahead = l + AHEAD;
+    let (l, start) = match (ahead < bag, col + width < table.dim()) {
+        (true, _) => (ahead, col),
+        (false, true) => (ahead - bag, col + width),
+        (false, false) => (ahead, 0),
+    };
+    if let Some(id) = row(l) {
+        if start == 0 {
+            table.prefetch(id);
+        }
+        let codes = table.row(id).codes;
+        // A row's codes are as many as its values, or fewer where a code holds several.
+        s.prefetch_all(codes.get(start..(start + width).min(codes.len())).unwrap_or(&[]));
+    }
+}
+
+/// `out = Σ weights · rows`, over the first rows of `ids`; those behind them come next.
+struct Sum<'a, T> {
+    table: &'a T,
+    ids: &'a [u32],
+    weights: &'a [f32],
+    out: &'a mut [f32],
+    accumulate: bool,
+}
+
+impl<T: RowStore> Columns for Sum<'_, T> {
+    #[inline(always)]
+    fn block<S: Simd, const NV: usize>(&mut self, s: S, col: usize) {
+        let mut acc = [s.splat(0.0); NV];
+        let (bag, width) = (self.weights.len(), NV * S::LANES);
+        for (l, (&id, &weight)) in self.ids.iter().zip(self.weights).enumerate() {
+            ask(s, self.table, |l| self.ids.get(l).copied(), (l, bag), (col, width));
+            add_row(s, &mut acc, weight, &self.table.row(id), col);
+        }
+        let out = &mut self.out[col..col + width];
+        for (i, &acc) in acc.iter().enumerate() {
+            let out = &mut out[i * S::LANES..];
+            let sum = if self.accumulate { s.add(s.load(out), acc) } else { acc };
+            s.store(sum, out);
+        }
+    }
+}
+
+/// `out[l] = <vector, row(l)>`.
+pub(super) struct Dot<'a, T, R> {
+    pub(super) table: &'a T,
+    /// Row `l`, and those that will be read after the last, if known.
+    pub(super) row: R,
+    pub(super) vector: &'a [f32],
+    pub(super) out: &'a mut [f32],
+}
+
+impl<T: RowStore, R: Fn(usize) -> Option<u32>> Columns for Dot<'_, T, R> {
+    #[inline(always)]
+    fn block<S: Simd, const NV: usize>(&mut self, s: S, col: usize) {
+        let (bag, width) = (self.out.len(), NV * S::LANES);
+        let vector = &self.vector[col..col + width];
+        let mut x = [s.splat(0.0); NV];
+        for (i, x) in x.iter_mut().enumerate() {
+            *x = s.load(&vector[i * S::LANES..]);
+        }
+        for (l, out) in self.out.iter_mut().enumerate() {
+            ask(s, self.table, &self.row, (l, bag), (col, width));
+            let Some(id) = (self.row)(l) else { return };
+            let dot = dot_row(s, &x, &self.table.row(id), col);
+            *out = if col == 0 { dot } else { *out + dot };
+        }
+    }
+}
