@@ -146,6 +146,15 @@ const fn width(format: Format) -> u64 {
 }
 
 impl Content {
+    /// What the values are; `None` if it holds none.
+    #[must_use]
+    pub const fn format(&self) -> Option<Format> {
+        match *self {
+            Self::Rows { format, .. } | Self::Dense { format, .. } => Some(format),
+            Self::Bytes { .. } | Self::Config => None,
+        }
+    }
+
     /// Bytes of data and of scales; `None` if they exceed 64 bits.
     pub(super) fn lens(&self) -> Option<(u64, u64)> {
         match *self {
