@@ -11,7 +11,7 @@ use memlayer_core::ops::plan::{PlanBuffers, RowGradient, RowReduce};
 use memlayer_core::ops::select::{Select, SelectBackward, SelectDims};
 use memlayer_core::ops::{Dense, EmbeddingBag, SelectRows};
 use memlayer_core::{DenseRows, Scratch, ScratchReq, TrainRows};
-use memlayer_cpu::Cpu;
+use memlayer_cpu::{Cpu, TableMemory};
 
 type Rows<'a> = DenseRows<'a, f32>;
 type Train<'a> = TrainRows<'a, f32, f32>;
@@ -183,8 +183,13 @@ fn steps(cpus: &[Cpu]) {
     for log in [16, 22] {
         let slots = 1usize << log;
         println!("sparse step T={tokens} L={bag} V={dim}, {touched} rows out of 2^{log}");
-        let ids: Vec<u32> = chosen.iter().map(|&id| id * (slots as u64 / touched) as u32).collect();
-        let (mut values, mut state) = (vec![0.1; slots * dim], vec![0.1; slots * dim * 2]);
+        // An odd factor permutes the rows of a table whose size is a power of two: as many distinct rows of either,
+        // scattered without a stride that would make them share sets of the caches.
+        let ids: Vec<u32> = chosen.iter().map(|&id| id.wrapping_mul(0x9e37_79b1) & (slots as u32 - 1)).collect();
+        let memory = |len| TableMemory::<f32>::zeroed(len).expect("memory for a table");
+        let (mut values, mut state) = (memory(slots * dim), memory(slots * dim * 2));
+        values.fill(0.1);
+        state.fill(0.1);
         let (mut out, mut dots) = (vec![0.0; tokens * dim], vec![0.0; ids.len()]);
         let mut buffers = vec![0; PlanBuffers::<Cpu>::ids_len(ids.len())];
         let req = |cpu: &Cpu| {

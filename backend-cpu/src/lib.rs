@@ -17,6 +17,7 @@
 #[allow(unsafe_code, reason = "vector intrinsics")]
 mod isa;
 mod math;
+mod memory;
 mod ops;
 #[allow(unsafe_code, reason = "one block: workers borrow the caller's job")]
 mod pool;
@@ -27,6 +28,7 @@ use core::num::NonZeroUsize;
 use std::ffi::OsStr;
 
 pub use isa::{Isa, UnknownIsa};
+pub use memory::TableMemory;
 use memlayer_core::Host;
 
 use crate::isa::Token;

@@ -101,8 +101,8 @@ impl Model {
             let vb = vb.pp(format!("layers.{layer}"));
             let feed_forward = match (&memory, &pool) {
                 (Some(memory), Some(pool)) if config.is_memory(layer) => {
-                    // Scores begin with a standard deviation of 2.5: sharper than uniform, soft enough to move.
-                    let gain = (2.5 / (memory.half_dim() as f64).sqrt()).sqrt();
+                    // Scores begin with a standard deviation of about 4: sharper than uniform, soft enough to move.
+                    let gain = (4.0 / (memory.half_dim() as f64).sqrt()).sqrt();
                     let vb = vb.pp("memory");
                     FeedForward::Memory(MemoryLayer::new(*memory, pool.clone(), &LayerInit { gain }, &vb)?)
                 }
