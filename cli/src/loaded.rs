@@ -57,6 +57,14 @@ impl Loaded {
         }
     }
 
+    /// The fingerprint of the data it was trained on; 0 if nobody said.
+    pub(crate) fn data(&self) -> Result<u64, CliError> {
+        match self {
+            Self::Packed(model) => Ok(model.data()?),
+            Self::Trained(model, _) => Ok(model.data()),
+        }
+    }
+
     /// Reads the model.
     pub(crate) fn with_reader<R>(&self, look: impl FnOnce(&Reader<'_>) -> Result<R, LmError>) -> Result<R, CliError> {
         match self {

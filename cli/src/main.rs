@@ -30,8 +30,8 @@ struct Arguments {
     #[arg(long, global = true)]
     json: bool,
     /// Workers of the CPU backend; all cores if not given.
-    #[arg(long, global = true, value_name = "N")]
-    threads: Option<usize>,
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
     #[command(subcommand)]
     command: Command,
 }
@@ -95,7 +95,7 @@ impl Context {
 
 fn main() -> ExitCode {
     let Arguments { json, threads, command } = Arguments::parse();
-    let context = Context { json, threads };
+    let context = Context { json, threads: threads.map(usize::from) };
     let result = match command {
         Command::Tour(tour) => tour.run(&context).map(|()| true),
         Command::Train(train) => train.run(&context).map(|()| true),

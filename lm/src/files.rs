@@ -10,8 +10,13 @@ use crate::error::{LmError, Result};
 /// as it is, and a failure leaves nothing behind.
 ///
 /// # Errors
-/// [`LmError::Io`] with the file's name, or what `write` gives.
+/// [`LmError::Io`] with the file's name, [`LmError::File`] if something else than a file has that name, or what `write`
+/// gives.
 pub fn replace(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
+    // A rename would put a file in the place of a device or a folder.
+    if std::fs::symlink_metadata(path).is_ok_and(|old| !old.is_file()) {
+        return Err(LmError::file(path, "is there and is no regular file"));
+    }
     let temporary = beside(path);
     let result = write_synced(&temporary, write)
         .and_then(|()| std::fs::rename(&temporary, path).map_err(|e| LmError::io(path, e)))
@@ -105,5 +110,13 @@ mod tests {
     fn errors_name_the_file() {
         let error = replace(Path::new("/no/such/folder/x"), |_| Ok(())).expect_err("no folder");
         assert!(error.to_string().contains("/no/such/folder/x"), "{error}");
+    }
+
+    #[test]
+    fn what_is_no_file_is_not_replaced() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let error = replace(folder.path(), |_| Ok(())).expect_err("a folder");
+        assert!(error.to_string().contains("no regular file"), "{error}");
+        assert!(folder.path().is_dir());
     }
 }

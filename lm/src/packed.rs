@@ -19,6 +19,8 @@ use crate::tokenizer::Tokenizer;
 
 const CONFIG: &str = "model.json";
 const TOKENIZER: &str = "tokenizer.json";
+/// The fingerprint of the data, in hexadecimal.
+const DATA: &str = "data";
 const VALUES: &str = "values";
 
 fn keys_name(layer: usize) -> String {
@@ -59,6 +61,7 @@ pub fn pack(model: &Model, tokenizer: &Tokenizer, format: Format, path: &Path) -
 struct Plan<'a> {
     config: String,
     tokenizer: String,
+    data: String,
     dense: Vec<(String, Vec<usize>, Vec<f32>)>,
     /// By layer, normalized.
     keys: Vec<(usize, Vec<f32>)>,
@@ -93,12 +96,16 @@ impl<'a> Plan<'a> {
             }
         }
         let config = serde_json::to_string(model.config()).map_err(|e| LmError::Config(e.to_string()))?;
-        Ok(Self { config, tokenizer: tokenizer.to_json()?, dense, keys, memory, model })
+        let data = format!("{:016x}", model.data());
+        Ok(Self { config, tokenizer: tokenizer.to_json()?, data, dense, keys, memory, model })
     }
 
     fn sections<E: Pack>(&self) -> Result<Vec<Section>, memlayer_quantize::image::LayoutError> {
-        let mut sections =
-            vec![Section::bytes(CONFIG, self.config.len())?, Section::bytes(TOKENIZER, self.tokenizer.len())?];
+        let texts = [(CONFIG, &self.config), (TOKENIZER, &self.tokenizer), (DATA, &self.data)];
+        let mut sections = Vec::new();
+        for (name, text) in texts {
+            sections.push(Section::bytes(name, text.len())?);
+        }
         for (name, shape, _) in &self.dense {
             let (dim, rows) = shape.split_last().map_or((1, 1), |(dim, rest)| (*dim, rest.iter().product()));
             sections.push(Section::dense::<f32>(name, rows, dim)?);
@@ -126,6 +133,7 @@ impl<'a> Plan<'a> {
         let mut writer = Writer::new(FileSink(file), &mut sections).map_err(fail)?;
         writer.bytes(CONFIG, self.config.as_bytes()).map_err(fail)?;
         writer.bytes(TOKENIZER, self.tokenizer.as_bytes()).map_err(fail)?;
+        writer.bytes(DATA, self.data.as_bytes()).map_err(fail)?;
         for (name, _, values) in &self.dense {
             writer.dense(name, values).map_err(fail)?;
         }
@@ -198,6 +206,16 @@ impl<B: AsRef<[u8]>> PackedModel<B> {
     pub fn format(&self) -> Result<Format> {
         let image = self.image()?;
         Ok(image.section(VALUES).and_then(|s| s.content().format()).unwrap_or(Format::F32))
+    }
+
+    /// The fingerprint of the data it was trained on; 0 if the file does not say.
+    ///
+    /// # Errors
+    /// [`LmError::File`] if the file changed under us.
+    pub fn data(&self) -> Result<u64> {
+        let image = self.image()?;
+        let text = image.bytes(DATA).ok().and_then(|bytes| core::str::from_utf8(bytes).ok());
+        Ok(text.and_then(|text| u64::from_str_radix(text, 16).ok()).unwrap_or(0))
     }
 
     /// Bytes of the file.

@@ -44,6 +44,8 @@ struct Report {
     format: &'static str,
     facts: usize,
     held_out: bool,
+    /// Whether these are the data the model was trained on: what is held out of others may have been trained.
+    same_data: bool,
     recall: Recall,
     by_relation: Vec<Relation>,
 }
@@ -60,6 +62,10 @@ impl Eval {
         let cpu = share(context.cpu()?);
         let data = self.data.load()?;
         let model = Loaded::open(&self.model, &cpu)?;
+        let same_data = model.data()? == data.fingerprint();
+        if !same_data {
+            eprintln!("warning: the model was trained on other facts or another seed: nothing here counts as held out");
+        }
         let (judged, was_trained) = data.judged();
         let (examples, held_out) = if self.trained { (&data.train[..], false) } else { (judged, !was_trained) };
         let questions = Questions::new(examples, model.tokenizer())?;
@@ -86,7 +92,11 @@ impl Eval {
         for (i, answer) in wrong {
             context.say(format_args!("{} {answer} (not {})", examples[i].question, examples[i].answers.join(" / ")))?;
         }
-        let what = if held_out { "held-out" } else { "trained" };
+        let what = match (same_data, held_out) {
+            (false, _) => "other",
+            (true, true) => "held-out",
+            (true, false) => "trained",
+        };
         context.say(format_args!(
             "{} {what} questions: exact match {:.2} %, F1 {:.2} %",
             recall.questions,
@@ -105,7 +115,8 @@ impl Eval {
             model: self.model.display().to_string(),
             format: model.format()?.name(),
             facts: data.facts.len(),
-            held_out,
+            held_out: held_out && same_data,
+            same_data,
             recall,
             by_relation: relations,
         })

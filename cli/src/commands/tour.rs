@@ -69,13 +69,11 @@ struct Finished {
     seconds: f64,
 }
 
-/// A question for everyone, and one that only some can answer.
-const SHOWN: [&str; 4] = [
-    "What is the capital of France?",
-    "What currency is used in Japan?",
-    "Name the country of Melbourne.",
-    "What time zone is Nairobi in?",
-];
+/// The question everyone asks first.
+const FIRST: &str = "What is the capital of France?";
+
+/// Held-out questions that are shown with their answers.
+const SHOWN: usize = 6;
 
 impl Tour {
     pub(crate) fn run(&self, context: &Context) -> Result<(), CliError> {
@@ -106,7 +104,7 @@ impl Tour {
         for (of, format) in [(1, Format::F32), (0, Format::F32), (0, Format::Int8), (0, Format::E4m3)] {
             rows.push(self.pack_and_ask(&finished[of], format, &cpu, &data)?);
         }
-        self.show(context, &rows, &finished[0])?;
+        self.show(context, &rows, &finished[0], &data)?;
         context.say(format_args!(
             "\nLearning curves: {}. Packed models: {}. Everything took {:.0} s.",
             plot.display(),
@@ -117,7 +115,7 @@ impl Tour {
         context.say(format_args!(
             "Ask it yourself: memlayer ask {} --explain \"{}\"",
             packed.display(),
-            SHOWN[0]
+            FIRST
         ))?;
         context.finish(&Report { rows })
     }
@@ -199,7 +197,7 @@ impl Tour {
         })
     }
 
-    fn show(&self, context: &Context, rows: &[Row], memory: &Finished) -> Result<(), CliError> {
+    fn show(&self, context: &Context, rows: &[Row], memory: &Finished, data: &Dataset) -> Result<(), CliError> {
         context.say(format_args!(
             "{:<9}{:<7}{:>11}{:>10}{:>9}{:>10}{:>9}{:>12}{:>10}",
             "system", "format", "parameters", "FLOPs/tok", "train s", "recall EM", "F1", "bytes", "us/token"
@@ -221,13 +219,16 @@ impl Tour {
         context.say(format_args!(
             "\nRecall on held-out phrasings only. us/token: one question at a time, tokens read and written, from the packed file.\n"
         ))?;
-        let tokenizer = memory.trainer.tokenizer();
-        for question in SHOWN {
+        let (judged, tokenizer) = (data.judged().0, memory.trainer.tokenizer());
+        let some = judged.iter().step_by((judged.len() / SHOWN).max(1)).map(|e| (e.question.as_str(), &e.answers[..]));
+        for (question, right) in core::iter::once((FIRST, &[][..])).chain(some) {
             let prompt = tokenizer.prompt(question)?;
-            let longest = LONGEST_ANSWER.min(memory.config.context - prompt.len());
+            let longest = LONGEST_ANSWER.min(memory.config.context.saturating_sub(prompt.len()));
             let answers = memory.trainer.with_reader(|reader, cpu| reader.answer(cpu, &[&prompt], longest, false))?;
             let answer = tokenizer.decode(&answers[0].tokens)?;
-            context.say(format_args!("  {question} {answer}"))?;
+            let wrong = !right.is_empty() && !right.contains(&answer);
+            let note = if wrong { format!("  (it is {})", right.join(" or ")) } else { String::new() };
+            context.say(format_args!("  {question} {answer}{note}"))?;
         }
         Ok(())
     }

@@ -54,6 +54,7 @@ pub struct Model {
     embedding: Tensor,
     blocks: Vec<Block>,
     norm: Tensor,
+    data: u64,
 }
 
 /// How the values of a memory are trained.
@@ -120,13 +121,24 @@ impl Model {
             });
         }
         let norm = vb.get(d, "norm.weight")?;
-        Ok(Self { config: config.clone(), variables, pool, embedding, blocks, norm })
+        Ok(Self { config: config.clone(), variables, pool, embedding, blocks, norm, data: 0 })
     }
 
     /// The sizes.
     #[must_use]
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// The fingerprint of the data it is trained on ([`crate::data::Dataset::fingerprint`]); 0 if nobody said.
+    #[must_use]
+    pub fn data(&self) -> u64 {
+        self.data
+    }
+
+    /// Says what data it is trained on.
+    pub(crate) fn set_data(&mut self, fingerprint: u64) {
+        self.data = fingerprint;
     }
 
     /// The dense variables, by name.

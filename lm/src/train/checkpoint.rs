@@ -177,7 +177,8 @@ impl Saved {
     pub fn model(&self, cpu: &Arc<Cpu>) -> Result<Model> {
         let state = self.state()?;
         let init = PoolInit { rule: state.train.value_rule.into() };
-        let model = Model::new(&state.model, init, cpu, state.train.seed)?;
+        let mut model = Model::new(&state.model, init, cpu, state.train.seed)?;
+        model.set_data(u64::from_str_radix(&state.data, 16).unwrap_or(0));
         self.parameters(&model)?.put_into(&model, state.step)?;
         Ok(model)
     }
@@ -287,7 +288,7 @@ impl Trainer {
 
     fn state(&self) -> State {
         let (model, train) = (self.model.config().clone(), self.config.clone());
-        State { version: VERSION, step: self.step, model, train, data: format!("{:016x}", self.fingerprint) }
+        State { version: VERSION, step: self.step, model, train, data: format!("{:016x}", self.model.data()) }
     }
 
     /// Goes on from a checkpoint of the same configuration and data.

@@ -139,7 +139,6 @@ pub struct Trainer {
     optimizer: AdamW,
     batches: Batches,
     mean_len: f64,
-    fingerprint: u64,
     step: u64,
     cpu: Arc<Cpu>,
 }
@@ -169,15 +168,15 @@ impl Trainer {
         }
         let mean_len = encoded.iter().map(|e| e.tokens.len() as f64 - 1.0).sum::<f64>() / encoded.len().max(1) as f64;
         let init = PoolInit { rule: config.value_rule.into() };
-        let model = Model::new(model, init, cpu, config.seed)?;
+        let mut model = Model::new(model, init, cpu, config.seed)?;
         let optimizer = AdamW::new(config.adamw, model.variables().all());
         let batches = Batches::new(encoded, config.batch, config.seed);
         if batches.per_epoch() == 0 {
             return Err(LmError::Training("there is nothing to learn".to_owned()));
         }
-        let fingerprint = data.fingerprint();
+        model.set_data(data.fingerprint());
         let (config, cpu) = (config.clone(), Arc::clone(cpu));
-        Ok(Self { model, config, tokenizer, optimizer, batches, mean_len, fingerprint, step: 0, cpu })
+        Ok(Self { model, config, tokenizer, optimizer, batches, mean_len, step: 0, cpu })
     }
 
     /// A run that keeps checkpoints in `folder`: from its last one if there is one, else from the start. While the
