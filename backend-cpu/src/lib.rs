@@ -28,8 +28,8 @@ use core::num::NonZeroUsize;
 use std::ffi::OsStr;
 
 pub use isa::{Isa, UnknownIsa};
-pub use memory::TableMemory;
 use memlayer_core::Host;
+pub use memory::TableMemory;
 
 use crate::isa::Token;
 use crate::pool::Pool;

@@ -64,7 +64,9 @@ impl MemoryLayer {
     /// not `f32` on the CPU; [`Error::Argument`] for a PEER configuration, which wants [`MemoryLayer::peer`].
     pub fn new(config: Config, values: ValuePool, init: &LayerInit, vb: &VarBuilder) -> Result<Self, Error> {
         if config.kind() == Kind::Peer {
-            return Err(memlayer_core::ArgError::Presence { op: "MemoryLayer::new", operand: "experts", needed: true }.into());
+            return Err(
+                memlayer_core::ArgError::Presence { op: "MemoryLayer::new", operand: "experts", needed: true }.into()
+            );
         }
         Self::build(config, values, None, init, vb)
     }
@@ -75,7 +77,12 @@ impl MemoryLayer {
     /// As [`MemoryLayer::new`], but for the other kind of configuration.
     pub fn peer(config: Config, u: ValuePool, v: ValuePool, init: &LayerInit, vb: &VarBuilder) -> Result<Self, Error> {
         if config.kind() == Kind::Memory {
-            return Err(memlayer_core::ArgError::Presence { op: "MemoryLayer::peer", operand: "experts", needed: false }.into());
+            return Err(memlayer_core::ArgError::Presence {
+                op: "MemoryLayer::peer",
+                operand: "experts",
+                needed: false,
+            }
+            .into());
         }
         u.check(config.slots(), config.input_dim())?;
         Self::build(config, v, Some(u), init, vb)

@@ -6,9 +6,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use memlayer_core::ops::optim::{
-    Adagrad, Adam, RowRule, RowUpdate, RowwiseAdagrad, RowwiseAdam, Sgd, Step,
-};
+use memlayer_core::ops::optim::{Adagrad, Adam, RowRule, RowUpdate, RowwiseAdagrad, RowwiseAdam, Sgd, Step};
 use memlayer_core::ops::plan::{PlanBuffers, RowGradient, RowReduce};
 use memlayer_core::{DenseRows, Random, Scratch, ScratchReq, TrainRows};
 use memlayer_cpu::Cpu;

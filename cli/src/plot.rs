@@ -57,7 +57,9 @@ where
     for (curve, color) in curves.iter().zip(COLORS) {
         let line = curve.points.iter().map(|p| (p.step, value(p)));
         let drawn = chart.draw_series(LineSeries::new(line, color.stroke_width(2)))?;
-        drawn.label(curve.name.clone()).legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], color.stroke_width(2)));
+        drawn
+            .label(curve.name.clone())
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], color.stroke_width(2)));
     }
     let place = if top > 50.0 { SeriesLabelPosition::LowerRight } else { SeriesLabelPosition::UpperRight };
     chart

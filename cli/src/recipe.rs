@@ -180,7 +180,12 @@ impl Run<'_> {
             }
             progress.at(report.step, || {
                 let recall = points.last().map_or(0.0, |p| p.recall);
-                format!("loss {:.3}, recall about {:.0} %, {:.1} ms a step", report.loss, 100.0 * recall, 1e3 * seconds / f64::from(u32::try_from(report.step).unwrap_or(u32::MAX)))
+                format!(
+                    "loss {:.3}, recall about {:.0} %, {:.1} ms a step",
+                    report.loss,
+                    100.0 * recall,
+                    1e3 * seconds / f64::from(u32::try_from(report.step).unwrap_or(u32::MAX))
+                )
             });
         }
         progress.finish();

@@ -84,7 +84,9 @@ mod tests {
     fn a_failed_write_leaves_the_old_file() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("model");
-        let write = |text: &'static [u8]| move |w: &mut BufWriter<File>| w.write_all(text).map_err(|e| LmError::io(Path::new("x"), e));
+        let write = |text: &'static [u8]| {
+            move |w: &mut BufWriter<File>| w.write_all(text).map_err(|e| LmError::io(Path::new("x"), e))
+        };
         replace(&path, write(b"old")).expect("a file");
         let failed = replace(&path, |w| {
             w.write_all(b"half").expect("a write");

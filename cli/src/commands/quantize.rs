@@ -74,7 +74,11 @@ impl Quantize {
         let (model, tokenizer) = (saved.model(&cpu)?, saved.tokenizer()?);
         let format = Format::from(self.format);
         let packing = pack(&model, &tokenizer, format, &self.out)?;
-        context.say(format_args!("{}: {} bytes, sub-keys and values in {format}", self.out.display(), packing.bytes))?;
+        context.say(format_args!(
+            "{}: {} bytes, sub-keys and values in {format}",
+            self.out.display(),
+            packing.bytes
+        ))?;
         let mut sections = Vec::new();
         for (section, report) in packing.reports {
             context.say(format_args!(

@@ -112,11 +112,7 @@ impl Tour {
             start.elapsed().as_secs_f64()
         ))?;
         let packed = self.out.join("memory-int8.mem");
-        context.say(format_args!(
-            "Ask it yourself: memlayer ask {} --explain \"{}\"",
-            packed.display(),
-            FIRST
-        ))?;
+        context.say(format_args!("Ask it yourself: memlayer ask {} --explain \"{}\"", packed.display(), FIRST))?;
         context.finish(&Report { rows })
     }
 
@@ -157,7 +153,10 @@ impl Tour {
         let title = format!("{} facts, equal FLOPs a token", data.facts.len());
         let curves: Vec<_> = finished
             .iter()
-            .map(|f| Curve { name: format!("{} ({} FLOPs a token)", f.system, f.cost.flops_per_token), points: &f.curve })
+            .map(|f| Curve {
+                name: format!("{} ({} FLOPs a token)", f.system, f.cost.flops_per_token),
+                points: &f.curve,
+            })
             .collect();
         learning_curves(path, &title, &curves)
     }

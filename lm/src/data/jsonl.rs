@@ -52,8 +52,10 @@ mod tests {
 
     #[test]
     fn reads_questions_and_answers() {
-        let data = load_text(b"{\"question\": \"Who?\", \"answer\": [\"Me\", \"I\"]}\n\n{\"question\":\"2?\",\"answer\":[\"x\"]}")
-            .expect("facts");
+        let data = load_text(
+            b"{\"question\": \"Who?\", \"answer\": [\"Me\", \"I\"]}\n\n{\"question\":\"2?\",\"answer\":[\"x\"]}",
+        )
+        .expect("facts");
         assert_eq!(data.train.len(), 2);
         assert_eq!(data.train[0].answers, ["Me", "I"]);
         assert!(data.judged().1, "what is judged was trained");

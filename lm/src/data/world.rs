@@ -211,8 +211,10 @@ impl Table {
 mod tests {
     use super::*;
 
-    const COUNTRIES: &str = "name\tiso2\tcapital\tcontinent\tcurrency\ttld\tcalling_code\nFrance\tFR\tParis\tEurope\tEuro\t.fr\t33\n";
-    const CITIES: &str = "name\tcountry_iso2\tpopulation\ttimezone\nLyon\tFR\t5\tEurope/Paris\nParis\tFR\t9\tEurope/Paris\n";
+    const COUNTRIES: &str =
+        "name\tiso2\tcapital\tcontinent\tcurrency\ttld\tcalling_code\nFrance\tFR\tParis\tEurope\tEuro\t.fr\t33\n";
+    const CITIES: &str =
+        "name\tcountry_iso2\tpopulation\ttimezone\nLyon\tFR\t5\tEurope/Paris\nParis\tFR\t9\tEurope/Paris\n";
 
     fn load_text(countries: &str, cities: &str) -> Result<Dataset> {
         let folder = tempfile::tempdir().expect("a folder");
@@ -242,7 +244,11 @@ mod tests {
             ("", CITIES, "countries.tsv: has no header line"),
             ("name\tiso2\n", CITIES, "countries.tsv: has no rows"),
             ("name\tiso2\nA\tB\n", CITIES, "countries.tsv:1: the header has no column `capital`"),
-            (COUNTRIES, "name\tcountry_iso2\tpopulation\ttimezone\nLyon\tFR\t5\n", "cities.tsv:2: expected 4 fields, found 3"),
+            (
+                COUNTRIES,
+                "name\tcountry_iso2\tpopulation\ttimezone\nLyon\tFR\t5\n",
+                "cities.tsv:2: expected 4 fields, found 3",
+            ),
             (
                 COUNTRIES,
                 "name\tcountry_iso2\tpopulation\ttimezone\nLyon\tFR\tmany\tEurope/Paris\n",

@@ -216,7 +216,8 @@ impl Model {
                 keys.insert(layer, self.prepared_keys(layer, &config)?);
             }
         }
-        let look_at = |values: &[f32]| look(&Reader::new(&self.config, &Trained { dense: &dense, keys: &keys, values })?);
+        let look_at =
+            |values: &[f32]| look(&Reader::new(&self.config, &Trained { dense: &dense, keys: &keys, values })?);
         match &self.pool {
             Some(pool) => pool.read(|values, _| look_at(values)),
             None => look_at(&[]),

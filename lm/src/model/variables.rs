@@ -56,10 +56,18 @@ fn start(name: &str, shape: &Shape, hint: Init, layers: usize) -> Init {
         Init::Const(0.0)
     } else if name.ends_with("norm.weight") {
         // A gain: 1, or what a memory layer wants.
-        if let Init::Const(gain) = hint && gain != 0.0 { hint } else { Init::Const(1.0) }
+        if let Init::Const(gain) = hint
+            && gain != 0.0
+        {
+            hint
+        } else {
+            Init::Const(1.0)
+        }
     } else if name.ends_with(".keys") {
         Init::Randn { mean: 0.0, stdev: 1.0 }
-    } else if ["attention.out.weight", "feed_forward.down.weight", "value_proj.weight"].iter().any(|n| name.ends_with(n))
+    } else if ["attention.out.weight", "feed_forward.down.weight", "value_proj.weight"]
+        .iter()
+        .any(|n| name.ends_with(n))
     {
         Init::Randn { mean: 0.0, stdev: std / (2.0 * layers as f64).sqrt() }
     } else {

@@ -9,8 +9,8 @@ mod rms_norm;
 mod rows;
 mod swiglu;
 
-pub use attention::{attention, rotate};
 pub(crate) use attention::{add_scaled, softmax_scores};
+pub use attention::{attention, rotate};
 pub use cross_entropy::cross_entropy;
 pub use rms_norm::{NORM_EPS, rms_norm};
 pub use rows::take_rows;
@@ -109,7 +109,10 @@ pub(crate) mod tests {
                 };
                 let expected = (slope(1.0) - slope(-1.0)) / 2e-2;
                 let found = f64::from(grad[at]);
-                assert!((expected - found).abs() < 2e-3 * (1.0 + expected.abs()), "input {i}[{at}]: {found}, slope {expected}");
+                assert!(
+                    (expected - found).abs() < 2e-3 * (1.0 + expected.abs()),
+                    "input {i}[{at}]: {found}, slope {expected}"
+                );
             }
         }
     }

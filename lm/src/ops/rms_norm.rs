@@ -41,9 +41,8 @@ impl CustomOp2 for RmsNorm {
     }
 
     fn bwd(&self, x: &Tensor, gain: &Tensor, _: &Tensor, dout: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (dx, dgain) = with_values(x, |x| {
-            with_values(gain, |gain| with_values(dout, |dout| Ok(backward(x, gain, dout))))
-        })?;
+        let (dx, dgain) =
+            with_values(x, |x| with_values(gain, |gain| with_values(dout, |dout| Ok(backward(x, gain, dout)))))?;
         let dx = Tensor::from_vec(dx, x.shape(), x.device())?;
         Ok((Some(dx), Some(Tensor::from_vec(dgain, gain.shape(), gain.device())?)))
     }

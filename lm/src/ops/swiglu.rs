@@ -49,9 +49,7 @@ impl CustomOp1 for Swiglu {
             _ => candle_core::bail!("swiglu: {dims:?} has no even last dimension"),
         };
         let mut out = vec![0.0; x.len() / 2];
-        x.par_chunks(2 * width * ROWS)
-            .zip(out.par_chunks_mut(width * ROWS))
-            .for_each(|(x, out)| gate(x, width, out));
+        x.par_chunks(2 * width * ROWS).zip(out.par_chunks_mut(width * ROWS)).for_each(|(x, out)| gate(x, width, out));
         Ok((CpuStorage::F32(out), Shape::from(dims)))
     }
 

@@ -118,8 +118,7 @@ impl Tensors {
     /// The `f32` values of a tensor of this many.
     fn get(&self, name: &str, len: usize) -> Result<Vec<f32>> {
         let fail = |problem: String| Err(LmError::file(&self.path, problem));
-        let tensors =
-            SafeTensors::deserialize(&self.bytes).map_err(|e| LmError::file(&self.path, e.to_string()))?;
+        let tensors = SafeTensors::deserialize(&self.bytes).map_err(|e| LmError::file(&self.path, e.to_string()))?;
         let Ok(tensor) = tensors.tensor(name) else { return fail(format!("has no tensor `{name}`")) };
         let found: usize = tensor.shape().iter().product();
         if tensor.dtype() != Dtype::F32 || found != len {
@@ -205,10 +204,12 @@ impl Saved {
     fn state(&self) -> Result<State> {
         let path = self.folder.join("state.json");
         let text = fs::read_to_string(&path).map_err(|e| LmError::io(&path, e))?;
-        let value: serde_json::Value =
-            serde_json::from_str(&text).map_err(|e| LmError::file(&path, e.to_string()))?;
+        let value: serde_json::Value = serde_json::from_str(&text).map_err(|e| LmError::file(&path, e.to_string()))?;
         if value["version"] != VERSION {
-            return Err(LmError::file(&path, format!("is of version {}, this program reads {VERSION}", value["version"])));
+            return Err(LmError::file(
+                &path,
+                format!("is of version {}, this program reads {VERSION}", value["version"]),
+            ));
         }
         let state: State = serde_json::from_value(value).map_err(|e| LmError::file(&path, e.to_string()))?;
         state.model.check().map_err(|e| LmError::file(&path, e.to_string()))?;

@@ -6,8 +6,8 @@ mod checkpoint;
 use std::path::Path;
 use std::sync::Arc;
 
-use memlayer_cpu::Cpu;
 use memlayer_candle::{Adam, Rule};
+use memlayer_cpu::Cpu;
 use serde::{Deserialize, Serialize};
 
 pub use checkpoint::{Saved, latest};
