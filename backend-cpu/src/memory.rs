@@ -57,13 +57,13 @@ impl<T: Pod> Deref for TableMemory<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
         // A map begins at a page, which is aligned for every item; its length was made from theirs.
-        &bytemuck::cast_slice(self.map.as_deref().unwrap_or(&[]))[..self.len]
+        self.map.as_ref().map_or(&[], |map| &bytemuck::cast_slice(map)[..self.len])
     }
 }
 
 impl<T: Pod> DerefMut for TableMemory<T> {
     fn deref_mut(&mut self) -> &mut [T] {
-        &mut bytemuck::cast_slice_mut(self.map.as_deref_mut().unwrap_or(&mut []))[..self.len]
+        self.map.as_mut().map_or(&mut [], |map| &mut bytemuck::cast_slice_mut(map)[..self.len])
     }
 }
 
@@ -82,7 +82,8 @@ mod tests {
 
     #[test]
     fn empty_and_absurd_sizes_are_no_panics() {
-        assert!(TableMemory::<f32>::zeroed(0).expect("nothing").is_empty());
+        let mut nothing = TableMemory::<f32>::zeroed(0).expect("nothing");
+        assert!(nothing.is_empty() && nothing.iter_mut().next().is_none());
         assert!(TableMemory::<f32>::zeroed(usize::MAX).is_err());
         assert!(TableMemory::<u8>::zeroed(usize::MAX).is_err());
     }

@@ -24,6 +24,14 @@ pub enum Error {
         /// Width there is.
         found_dim: usize,
     },
+    /// The system has no memory for a table.
+    #[error("a table of {values} values: {source}")]
+    Memory {
+        /// Its values.
+        values: usize,
+        /// Why.
+        source: std::io::Error,
+    },
     /// Layers that share a pool read bags of different lengths.
     #[error("a layer with bags of {found} shares a pool with layers whose bags have {expected}")]
     BagLength {

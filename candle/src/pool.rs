@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use memlayer_core::ops::optim::{Adagrad, Adam, RowRule, RowUpdate, RowwiseAdagrad, RowwiseAdam, Sgd, Step};
 use memlayer_core::ops::plan::{PlanBuffers, RowGradient, RowReduce};
 use memlayer_core::{DenseRows, Random, Scratch, ScratchReq, TrainRows};
-use memlayer_cpu::Cpu;
+use memlayer_cpu::{Cpu, TableMemory};
 
 use crate::error::Error;
 
@@ -76,8 +76,8 @@ struct Inner {
 /// The rows, their state and how often they changed.
 #[derive(Debug)]
 pub(crate) struct Table {
-    pub(crate) rows: Vec<f32>,
-    state: Vec<f32>,
+    pub(crate) rows: TableMemory<f32>,
+    state: TableMemory<f32>,
     /// Steps made.
     pub(crate) steps: u64,
 }
@@ -131,12 +131,14 @@ impl ValuePool {
     /// A pool of `rows` rows of `dim` values, normally distributed with standard deviation `std`, picked by `seed`.
     ///
     /// # Errors
-    /// [`Error::Config`] if the table cannot be addressed or a size is zero.
+    /// [`Error::Config`] if the table cannot be addressed or a size is zero, [`Error::Memory`] if the system has no memory
+    /// for it.
     pub fn new(cpu: Arc<Cpu>, rows: usize, dim: usize, rule: Rule, std: f32, seed: u64) -> Result<Self, Error> {
         let len = checked_len(rows, dim, &rule)?;
-        let mut table = vec![0.0; len];
-        Random::new(seed).fill_normal(&mut table, f64::from(std));
-        let state = vec![0.0; rows * rule.state_len(dim)];
+        let memory = |len| TableMemory::zeroed(len).map_err(|source| Error::Memory { values: len, source });
+        let mut table = memory(len)?;
+        Random::new(seed).fill_normal(&mut table[..], f64::from(std));
+        let state = memory(rows * rule.state_len(dim))?;
         Ok(Self::from_table(cpu, rows, dim, rule, Table { rows: table, state, steps: 0 }))
     }
 

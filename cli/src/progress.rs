@@ -1,9 +1,13 @@
 //! Progress of long work: a bar on a terminal, plain lines elsewhere. It goes to standard error.
 
+use core::time::Duration;
 use std::io::IsTerminal;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
+
+/// How often the bar moves.
+const BAR_EVERY: Duration = Duration::from_millis(100);
 
 /// How often a line is printed where there is no terminal.
 const LINES_EVERY: Duration = Duration::from_secs(10);
@@ -35,21 +39,19 @@ impl Progress {
 
     /// Says that `done` steps are done.
     pub(crate) fn at(&mut self, done: u64, message: impl FnOnce() -> String) {
+        let due = |every: Duration| done == self.length || self.last.elapsed() > every;
         match &self.bar {
-            Some(bar) => {
-                if done == self.length || self.last.elapsed() > Duration::from_millis(100) {
-                    self.last = Instant::now();
-                    bar.set_position(done);
-                    bar.set_message(message());
-                }
+            Some(bar) if due(BAR_EVERY) => {
+                bar.set_position(done);
+                bar.set_message(message());
             }
-            None if self.last.elapsed() > LINES_EVERY || done == self.length => {
-                self.last = Instant::now();
+            None if due(LINES_EVERY) => {
                 let seconds = self.start.elapsed().as_secs();
                 eprintln!("{}: {done}/{} after {seconds} s, {}", self.name, self.length, message());
             }
-            None => {}
+            _ => return,
         }
+        self.last = Instant::now();
     }
 
     /// Ends the bar.

@@ -157,7 +157,7 @@ pub(crate) struct Run<'a> {
 
 impl Run<'_> {
     /// Trains to the end; gives the learning curve and the seconds spent on steps alone.
-    pub(crate) fn to_the_end(self, trainer: &mut Trainer) -> Result<(Vec<Point>, f64), CliError> {
+    pub(crate) fn finish(self, trainer: &mut Trainer) -> Result<(Vec<Point>, f64), CliError> {
         let total = trainer.config().steps;
         let mut progress = Progress::new(self.name, total);
         let (mut points, mut seconds, mut losses, mut count) = (Vec::new(), 0.0, 0.0, 0u32);

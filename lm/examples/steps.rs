@@ -13,7 +13,7 @@ use memlayer_lm::{MemoryConfig, ModelConfig, flops};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> Result<(), Box<dyn core::error::Error>> {
     let folder = std::env::args().nth(1).unwrap_or_else(|| "data".to_owned());
     let data = Dataset::world(Path::new(&folder), 10_000, 1)?;
     let tokenizer = Tokenizer::train(&data.train, 1000)?;

@@ -201,6 +201,9 @@ struct Session<'r, 'a> {
     buffers: Buffers,
 }
 
+/// Scalars and ids of a [`Scratch`].
+type Workspace = (Vec<f32>, Vec<u32>);
+
 /// Buffers that grow to what was asked for and stay.
 #[derive(Default)]
 struct Buffers {
@@ -208,8 +211,8 @@ struct Buffers {
     wide: Vec<f32>,
     narrow: Vec<f32>,
     attended: Vec<f32>,
-    memory: (Vec<f32>, Vec<u32>),
-    scratch: (Vec<f32>, Vec<u32>),
+    memory: Workspace,
+    scratch: Workspace,
     logits: Vec<f32>,
 }
 
@@ -221,7 +224,7 @@ fn sized<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
     &mut buffer[..len]
 }
 
-fn lend(buffer: &mut (Vec<f32>, Vec<u32>), req: ScratchReq) -> Scratch<'_, Cpu> {
+fn lend(buffer: &mut Workspace, req: ScratchReq) -> Scratch<'_, Cpu> {
     Scratch { reals: sized(&mut buffer.0, req.reals), ids: sized(&mut buffer.1, req.ids) }
 }
 
@@ -273,7 +276,7 @@ impl<'r, 'a> Session<'r, 'a> {
                     linear(cpu, rows, gated, [down, &[]], narrow)?;
                 }
                 FeedForward::Memory(memory) => {
-                    let buffers = (&mut self.buffers.memory, &mut self.buffers.scratch);
+                    let buffers = [&mut self.buffers.memory, &mut self.buffers.scratch];
                     let reads = memory.run(cpu, normed, narrow, buffers)?;
                     if self.keep_reads {
                         let skip = (rows - self.batch) / self.batch;
@@ -412,7 +415,7 @@ impl Memory<'_> {
         cpu: &Cpu,
         x: &[f32],
         out: &mut [f32],
-        buffers: (&'b mut (Vec<f32>, Vec<u32>), &'b mut (Vec<f32>, Vec<u32>)),
+        buffers: [&'b mut Workspace; 2],
     ) -> Result<(&'b [u32], &'b [f32])> {
         match &self.tables {
             Tables::F32(keys, values) => self.run_over(cpu, x, out, buffers, keys, values),
@@ -427,7 +430,7 @@ impl Memory<'_> {
         cpu: &Cpu,
         x: &[f32],
         out: &mut [f32],
-        (memory, scratch): (&'b mut (Vec<f32>, Vec<u32>), &'b mut (Vec<f32>, Vec<u32>)),
+        [memory, scratch]: [&'b mut Workspace; 2],
         keys: &S,
         values: &S,
     ) -> Result<(&'b [u32], &'b [f32])> {

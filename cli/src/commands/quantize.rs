@@ -87,9 +87,9 @@ impl Quantize {
             ))?;
             sections.push(Lost {
                 section,
-                relative_rms: f64::from(report.relative_rms),
+                relative_rms: report.relative_rms,
                 worst_row: u64::from(report.worst_row),
-                worst_row_error: f64::from(report.worst_row_error),
+                worst_row_error: report.worst_row_error,
             });
         }
         let file = self.out.display().to_string();

@@ -94,7 +94,7 @@ impl Tour {
             let cost = cost(&config, mean_len)?;
             let mut trainer = Trainer::new(&config, &training, &data, tokenizer.clone(), &cpu)?;
             let run = Run { name: system, data: &data, checkpoints: None, after_step: &mut |_| {} };
-            let (curve, seconds) = run.to_the_end(&mut trainer)?;
+            let (curve, seconds) = run.finish(&mut trainer)?;
             finished.push(Finished { system, config, cost, trainer, curve, seconds });
         }
         let plot = self.out.join("learning.svg");

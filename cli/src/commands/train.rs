@@ -85,7 +85,7 @@ impl Train {
                 }
             },
         };
-        let (curve, train_seconds) = run.to_the_end(&mut trainer)?;
+        let (curve, train_seconds) = run.finish(&mut trainer)?;
         if let Some(error) = failed {
             return Err(error);
         }

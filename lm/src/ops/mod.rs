@@ -50,7 +50,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     let rounded = x * core::f32::consts::LOG2_E + ROUND;
     let n = rounded - ROUND;
     // ln 2 in two parts: the first has few bits, so n times it is exact.
-    let r = (x - n * 0.693_359_375) + n * 2.121_944_4e-4;
+    let r = (x - n * (355.0 / 512.0)) + n * 2.121_944_4e-4;
     let p = 1.987_569_2e-4;
     let p = p * r + 1.398_199_9e-3;
     let p = p * r + 8.333_452e-3;
