@@ -1,5 +1,6 @@
-//! A program of nothing but `core`: it runs a Memory+ layer forward and backward, updates its rows and reads a packed
-//! image, and links without std, without an allocator and without the C library. That it links is the proof.
+//! A program of nothing but `core` and `quantize`: it runs a Memory+ layer forward and backward, updates its rows, packs
+//! them into an image and reads that again. It links without std, without an allocator and with nothing of the C library
+//! but what copies memory; that it links is the proof. It is not run, and it says nothing of panics.
 #![no_std]
 #![no_main]
 
@@ -9,7 +10,9 @@ use memlayer_core::layer::{Activations, Grads, Keys, Params, Projection, backwar
 use memlayer_core::ops::RowUpdate;
 use memlayer_core::ops::optim::{Adam, Step};
 use memlayer_core::ops::plan::{PlanBuffers, RowGradient, RowReduce};
-use memlayer_core::{Config, DenseRows, Reference, Scratch, TrainRows};
+use memlayer_core::{Config, DenseRows, Reference, RowStore, Scratch, TrainRows};
+use memlayer_quantize::image::{Aligned, encoded_len};
+use memlayer_quantize::{Image, Section, Writer};
 
 const CONFIG: Config =
     match Config::builder(8).heads(2).sub_keys(4).half_dim(2).top_k(2).silu_gate(true).qk_norm(true).build() {
@@ -69,6 +72,19 @@ fn step(values: &mut [f32], state: &mut [f32], weights: &[f32], x: &[f32], b: &m
     out.first().copied()
 }
 
+/// Packs rows into an image and reads one value of it again.
+fn packed(values: &[f32]) -> Option<f32> {
+    let mut file = Aligned([0; 4096]);
+    let mut sections = [Section::rows::<i8>("values", CONFIG.slots(), 8, 8).ok()?];
+    let len = usize::try_from(encoded_len(&sections).ok()?).ok()?;
+    let mut writer = Writer::new(file.0.get_mut(..len)?, &mut sections).ok()?;
+    writer.pack("values", &DenseRows::new(values, 8), &mut [0i8; 8]).ok()?;
+    writer.finish().ok()?;
+    let image = Image::parse(file.0.get(..len)?).ok()?;
+    image.verify().ok()?;
+    Some(image.rows::<i8>("values").ok()?.row(3).value(2))
+}
+
 #[unsafe(no_mangle)]
 extern "C" fn _start() -> ! {
     let (mut values, mut state) = ([0.5; CONFIG.slots() * 8], [0.0; CONFIG.slots() * 16]);
@@ -76,7 +92,7 @@ extern "C" fn _start() -> ! {
     let mut buffers =
         Buffers { activations: ([0.0; 1024], [0; BAGS]), scratch: ([0.0; 1024], [0; 1024]), plan: [0; 3 * BAGS + 2] };
     let first = step(&mut values, &mut state, &weights, &x, &mut buffers);
-    let image = false;
+    let image = packed(&values);
     core::hint::black_box((first, image));
     loop {
         core::hint::spin_loop();
