@@ -12,7 +12,7 @@ use crate::isa::{Simd, dispatch};
 use crate::ops::piece;
 
 /// Rows that are asked for before they are summed.
-const AHEAD: usize = 8;
+const AHEAD: usize = 24;
 
 /// About how long a row of `dim` values takes, in nanoseconds.
 pub(super) fn row_cost(dim: usize) -> usize {
