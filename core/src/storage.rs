@@ -168,6 +168,8 @@ pub struct ScaledRows<'a, E> {
     width: usize,
     dim: usize,
     group: usize,
+    /// Scales of a row.
+    groups: usize,
 }
 
 impl<'a, E: Element> ScaledRows<'a, E> {
@@ -180,8 +182,9 @@ impl<'a, E: Element> ScaledRows<'a, E> {
         if width == 0 || group == 0 || !codes.len().is_multiple_of(width) {
             return None;
         }
-        let needed = (codes.len() / width).checked_mul(dim.div_ceil(group))?;
-        (scales.len() == needed).then_some(Self { codes, scales, width, dim, group })
+        let groups = dim.div_ceil(group);
+        let needed = (codes.len() / width).checked_mul(groups)?;
+        (scales.len() == needed).then_some(Self { codes, scales, width, dim, group, groups })
     }
 }
 
@@ -198,7 +201,7 @@ impl<E: Element> Table for ScaledRows<'_, E> {
 impl<E: Element> RowStore for ScaledRows<'_, E> {
     #[inline(always)]
     fn row(&self, id: RowId) -> Row<'_, E> {
-        let (start, groups) = (id as usize * self.width, self.dim.div_ceil(self.group));
+        let (start, groups) = (id as usize * self.width, self.groups);
         Row {
             codes: &self.codes[start..start + self.width],
             scales: &self.scales[id as usize * groups..(id as usize + 1) * groups],
