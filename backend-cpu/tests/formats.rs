@@ -40,9 +40,7 @@ fn compare<T: RowStore + Sync>(table: &T, dim: usize, what: &str) {
             let (exact, scale) = terms.fold((0.0, 0.0), |(sum, scale), x| (sum + x, scale + x.abs()));
             let bound = (dim + 3) as f64 * f64::from(f32::EPSILON) * scale;
             let error = (f64::from(dot) - exact).abs();
-            // Terms near the end of the range may overflow on the way.
-            let over = scale > f64::from(f32::MAX) / 4.0 && !dot.is_finite();
-            let same = f64::from(dot) == exact || exact.is_nan() && dot.is_nan() || over;
+            let same = f64::from(dot) == exact || exact.is_nan() && dot.is_nan();
             assert!(error <= bound || same, "{what}: dot {l} is {dot} for {exact}");
         }
     }
@@ -74,7 +72,8 @@ fn all_codes_of_every_format() {
     all_codes("e4m3", |bits| E4m3(bits as u8));
     all_codes("e5m2", |bits| E5m2(bits as u8));
     all_codes("f16", |bits| F16::from_bits(bits as u16));
-    all_codes("bf16", |bits| Bf16::from_bits(bits as u16));
+    // Less than 2: products of greater ones overflow in `f32` where they do not in `f64`.
+    all_codes("bf16", |bits| Bf16::from_bits(bits as u16 & 0xbfff));
     all_codes("int4", |bits| Int4::<32>(bits as u8));
     all_codes("int4x64", |bits| Int4::<64>(bits as u8));
 }
