@@ -108,13 +108,19 @@ fn shape(cpus: &[Cpu], shape: &Shape) {
     for id in &mut ids {
         *id %= slots as u32;
     }
-    rows(cpus, shape, &ids, &weights, &mut values);
+    let mut state = vec![0.0; 2 * values.len()];
+    rows(cpus, (heads * top_k, value_dim), &ids, &weights, (&mut values, &mut state));
     norms(cpus, tokens * heads * 2, half_dim, heads * 2);
 }
 
-fn rows(cpus: &[Cpu], shape: &Shape, ids: &[u32], weights: &[f32], values: &mut [f32]) {
-    let (bag, dim) = (shape.heads * shape.top_k, shape.value_dim);
-    let mut out = vec![0.0; shape.tokens * dim];
+fn rows(
+    cpus: &[Cpu],
+    (bag, dim): (usize, usize),
+    ids: &[u32],
+    weights: &[f32],
+    (values, state): (&mut [f32], &mut [f32]),
+) {
+    let mut out = vec![0.0; ids.len() / bag * dim];
     let mut dots = vec![0.0; ids.len()];
     let table = &DenseRows::new(values, dim);
     row("bag_sum", cpus, |cpu| {
@@ -122,7 +128,6 @@ fn rows(cpus: &[Cpu], shape: &Shape, ids: &[u32], weights: &[f32], values: &mut 
     });
     row("bag_dot", cpus, |cpu| cpu.bag_dot(table, BagDot { bag, ids, vectors: &out[..], out: &mut dots[..] }).unwrap());
     let slots = values.len() / dim;
-    let mut state = vec![0.0; 2 * values.len()];
     let mut buffers = vec![0; PlanBuffers::<Cpu>::ids_len(ids.len())];
     let (mut buffers, _) = PlanBuffers::<Cpu>::carve(&mut buffers, ids.len()).unwrap();
     let req = |cpu: &Cpu| cpu.plan_scratch(ids.len());
@@ -132,7 +137,7 @@ fn rows(cpus: &[Cpu], shape: &Shape, ids: &[u32], weights: &[f32], values: &mut 
     let req = |cpu: &Cpu| RowUpdate::<Train<'_>, Adam>::reduce_and_update_scratch(cpu, dim);
     with_scratch("reduce_and_update", cpus, req, |cpu, memory| {
         let gradient = RowGradient::<Cpu> { bag, dim, weights, sources: &out };
-        let table = TrainRows::new(values, dim, &mut state, 2 * dim).unwrap();
+        let table = TrainRows::new(values, dim, state, 2 * dim).unwrap();
         cpu.reduce_and_update(table, &RULE, &Step::new(1e-3, 1), buffers.plan(), gradient, memory).unwrap();
     });
 }
@@ -190,22 +195,7 @@ fn steps(cpus: &[Cpu]) {
         let (mut values, mut state) = (memory(slots * dim), memory(slots * dim * 2));
         values.fill(0.1);
         state.fill(0.1);
-        let (mut out, mut dots) = (vec![0.0; tokens * dim], vec![0.0; ids.len()]);
-        let mut buffers = vec![0; PlanBuffers::<Cpu>::ids_len(ids.len())];
-        let req = |cpu: &Cpu| {
-            cpu.plan_scratch(ids.len()).or(RowUpdate::<Train<'_>, Adam>::reduce_and_update_scratch(cpu, dim))
-        };
-        with_scratch("step", cpus, req, |cpu, mut memory| {
-            let table = DenseRows::new(&values, dim);
-            let args = BagSum { bag, ids: &ids[..], weights: &weights[..], out: &mut out[..], accumulate: false };
-            cpu.bag_sum(&table, args).unwrap();
-            cpu.bag_dot(&table, BagDot { bag, ids: &ids[..], vectors: &out[..], out: &mut dots[..] }).unwrap();
-            let (mut plan, _) = PlanBuffers::<Cpu>::carve(&mut buffers, ids.len()).unwrap();
-            cpu.plan(&ids, slots, plan.reborrow(), memory.reborrow()).unwrap();
-            let gradient = RowGradient::<Cpu> { bag, dim, weights: &weights, sources: &out };
-            let table = TrainRows::new(&mut values, dim, &mut state, 2 * dim).unwrap();
-            cpu.reduce_and_update(table, &RULE, &Step::new(1e-3, 1), plan.plan(), gradient, memory).unwrap();
-        });
+        rows(cpus, (bag, dim), &ids, &weights, (&mut values, &mut state));
     }
 }
 

@@ -16,6 +16,7 @@
 
 #[allow(unsafe_code, reason = "vector intrinsics")]
 mod isa;
+mod limit;
 mod math;
 mod memory;
 mod ops;

@@ -111,6 +111,10 @@ pub enum Format {
     E4m3,
     /// 8-bit floats with 5 exponent bits (OCP "E5M2"), one scale a row.
     E5m2,
+    /// 4-bit integers in groups of 32, each with a binary16 scale among the codes ([`Int4`]).
+    Int4,
+    /// 4-bit integers in groups of 64, each with a binary16 scale among the codes ([`Int4`]).
+    Int4x64,
 }
 
 impl Format {
@@ -125,6 +129,8 @@ impl Format {
             Self::Int8 => "int8",
             Self::E4m3 => "e4m3",
             Self::E5m2 => "e5m2",
+            Self::Int4 => "int4",
+            Self::Int4x64 => "int4x64",
         }
     }
 }
@@ -297,5 +303,54 @@ impl E5m2 {
     #[must_use]
     pub fn to_f32(self) -> f32 {
         floats::f16_to_f32(u16::from(self.0) << 8)
+    }
+}
+
+/// A byte of a row of 4-bit integers in groups of `G` values, 32 or 64.
+///
+/// A group is its scale, a little-endian binary16, and `G / 2` bytes: byte `j` holds value `j` in its lower half and
+/// value `j + G / 2` in its upper half, both plus 8. The last group is as long as the others; what fills it means
+/// nothing. With the scale beside its codes a row is one read, and value `i`, scale times integer, is exact in `f32`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(transparent)]
+pub struct Int4<const G: usize>(pub u8);
+
+impl<const G: usize> Int4<G> {
+    /// Bytes of a group.
+    pub const GROUP: usize = 2 + G / 2;
+
+    /// The scale of the group that `group` begins with.
+    ///
+    /// # Panics
+    /// If `group` has fewer than two bytes.
+    #[inline(always)]
+    #[must_use]
+    pub fn scale(group: &[Self]) -> f32 {
+        floats::f16_to_f32(u16::from_le_bytes([group[0].0, group[1].0]))
+    }
+}
+
+impl<const G: usize> Item for Int4<G> {}
+
+impl<const G: usize> Element for Int4<G> {
+    const FORMAT: Format = match G {
+        32 => Format::Int4,
+        64 => Format::Int4x64,
+        _ => panic!("groups are of 32 or 64 values"),
+    };
+
+    fn codes(dim: usize) -> usize {
+        dim.div_ceil(G) * Self::GROUP
+    }
+
+    #[inline(always)]
+    fn value<F: Real>(codes: &[Self], i: usize) -> F {
+        let group = codes.chunks_exact(Self::GROUP).nth(i / G).and_then(|group| group.split_first_chunk::<2>());
+        let (i, half) = (i % G, G / 2);
+        let Some((scale, byte)) = group.and_then(|(scale, bytes)| Some((scale, bytes.get(i % half)?.0))) else {
+            return F::of(f64::NAN);
+        };
+        let integer = if i < half { byte & 15 } else { byte >> 4 };
+        F::of(f64::from(Self::scale(scale))) * F::of(f64::from(integer) - 8.0)
     }
 }

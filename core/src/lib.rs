@@ -48,7 +48,7 @@ pub mod storage;
 
 pub use config::{Config, ConfigError};
 pub use device::{Device, Host, Scratch, ScratchReq};
-pub use element::{Bf16, E4m3, E5m2, Element, F16, Item, Real, Trainable};
+pub use element::{Bf16, E4m3, E5m2, Element, F16, Int4, Item, Real, Trainable};
 pub use error::ArgError;
 pub use random::Random;
 pub use reference::Reference;

@@ -169,7 +169,7 @@ pub struct ScaledRows<'a, E> {
     width: usize,
     dim: usize,
     group: usize,
-    /// Scales a row.
+    /// Scales of a row.
     groups: usize,
 }
 

@@ -5,6 +5,7 @@
 //!
 //! * [`formats`]: casts to 8-bit floats, and each format's error bound;
 //! * [`rows`]: packing rows, a scale each, into buffers of the caller;
+//! * [`int4`]: 4-bit rows, their scales beside their codes;
 //! * [`report`]: what packing lost, measured, and the budget it must keep;
 //! * [`keys`]: sub-keys, which are packed like values once they are normalized;
 //! * [`image`]: the file: written in one pass, read without an allocator, checked against every damage;
@@ -55,11 +56,13 @@
 pub mod fbgemm;
 pub mod formats;
 pub mod image;
+pub mod int4;
 pub mod keys;
 pub mod report;
 pub mod rows;
 
 pub use formats::Pack;
 pub use image::{Image, ImageError, Section, Writer};
+pub use int4::pack_int4_rows;
 pub use report::{Budget, PackReport};
 pub use rows::{PackError, pack_rows};

@@ -136,15 +136,27 @@ pub(crate) fn group_scale<E: Pack, S: memlayer_core::Element>(
     id: RowId,
     columns: Range<usize>,
 ) -> Result<f32, PackError> {
-    let mut greatest = 0.0f32;
+    let (greatest, _) = greatest(row, id, columns)?;
+    Ok(if E::SCALED { scale_for::<E>(greatest.abs()) } else { 1.0 })
+}
+
+/// The value of greatest magnitude at `columns`, all of which must be finite, and its column.
+pub(crate) fn greatest<S: memlayer_core::Element>(
+    row: &Row<'_, S>,
+    id: RowId,
+    columns: Range<usize>,
+) -> Result<(f32, usize), PackError> {
+    let mut greatest = (0.0f32, columns.start);
     for column in columns {
         let value = row.value::<f32>(column);
         if !value.is_finite() {
             return Err(PackError::NonFinite { row: id as usize, column, value });
         }
-        greatest = greatest.max(value.abs());
+        if value.abs() > greatest.0.abs() {
+            greatest = (value, column);
+        }
     }
-    Ok(if E::SCALED { scale_for::<E>(greatest) } else { 1.0 })
+    Ok(greatest)
 }
 
 /// Packs the values at `columns` under `scale` into `codes`, which is the whole row.

@@ -1,17 +1,23 @@
-//! AVX2 with FMA: eight lanes.
+//! AVX2 with FMA and F16C: eight lanes.
 
 use core::arch::x86_64::*;
 
-use super::Simd;
+use memlayer_core::Element;
+use memlayer_core::element::Format;
 
-/// The CPU has AVX2 and FMA, and the system saves their registers.
+use super::Simd;
+use super::rows::{self, Nibbles};
+
+/// The CPU has AVX2, FMA and F16C, and the system saves their registers.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Avx2(());
 
 impl Avx2 {
     /// The token, if the CPU has the features.
     pub(crate) fn new() -> Option<Self> {
-        (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")).then_some(Self(()))
+        let found =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        found.then_some(Self(()))
     }
 }
 
@@ -29,6 +35,36 @@ macro_rules! have {
 /// behind `lane`.
 static BEHIND: [i32; 16] = [0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1];
 
+impl Avx2 {
+    /// The 8 16-bit codes from `col` on.
+    #[inline(always)]
+    fn words<E: Element>(self, codes: &[E], col: usize) -> __m128i {
+        let words = &bytemuck::cast_slice::<E, u16>(codes)[col..col + 8];
+        // SAFETY: the CPU has the feature by the token; the slice has 8 words, so as many may be read.
+        unsafe { _mm_loadu_si128(words.as_ptr().cast()) }
+    }
+    /// The 8 bytes from `at` on.
+    #[inline(always)]
+    fn bytes<E: Element>(self, codes: &[E], at: usize) -> __m128i {
+        let bytes = &bytemuck::cast_slice::<E, u8>(codes)[at..at + 8];
+        // SAFETY: the CPU has the feature by the token; the slice has 8 bytes, so as many may be read.
+        unsafe { _mm_loadl_epi64(bytes.as_ptr().cast()) }
+    }
+    /// The values from `col` on of a row of [`memlayer_core::Int4`].
+    #[inline(always)]
+    fn int4<E: Element, const G: usize>(self, codes: &[E], col: usize) -> __m256 {
+        let place = Nibbles::new(G, col);
+        let group = &bytemuck::cast_slice::<E, u8>(codes)[place.group..];
+        let scale = i16::from_le_bytes([group[0], group[1]]);
+        have!(self, {
+            let nibbles = _mm_srl_epi16(self.bytes(codes, place.byte), _mm_cvtsi32_si128(place.shift));
+            let integers = _mm256_cvtepu8_epi32(_mm_and_si128(nibbles, _mm_set1_epi8(15)));
+            let integers = _mm256_cvtepi32_ps(_mm256_sub_epi32(integers, _mm256_set1_epi32(8)));
+            _mm256_mul_ps(_mm256_cvtph_ps(_mm_set1_epi16(scale)), integers)
+        })
+    }
+}
+
 impl Simd for Avx2 {
     const LANES: usize = 8;
     const TILE: usize = 6;
@@ -36,7 +72,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn vectorize<R>(self, f: impl FnOnce() -> R) -> R {
-        #[target_feature(enable = "avx2,fma")]
+        #[target_feature(enable = "avx2,fma,f16c")]
         fn inner<R>(f: impl FnOnce() -> R) -> R {
             f()
         }
@@ -108,6 +144,39 @@ impl Simd for Avx2 {
     fn prefetch(self, at: *const u8) {
         // A prefetch of any address is no access.
         have!(self, _mm_prefetch::<_MM_HINT_T0>(at.cast()));
+    }
+    #[inline(always)]
+    fn widen<E: Element>(self, codes: &[E], col: usize) -> __m256 {
+        match E::FORMAT {
+            Format::F32 => self.load(&bytemuck::cast_slice::<E, f32>(codes)[col..]),
+            Format::F16 => have!(self, _mm256_cvtph_ps(self.words(codes, col))),
+            Format::Bf16 => {
+                have!(self, _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(self.words(codes, col)))))
+            }
+            Format::Int8 => have!(self, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(self.bytes(codes, col)))),
+            // The upper byte of a binary16.
+            Format::E5m2 => {
+                have!(self, _mm256_cvtph_ps(_mm_slli_epi16::<8>(_mm_cvtepu8_epi16(self.bytes(codes, col)))))
+            }
+            Format::E4m3 => have!(self, {
+                let bytes = self.bytes(codes, col);
+                let magnitude = _mm_and_si128(bytes, _mm_set1_epi8(0x7f));
+                let nan = _mm256_cvtepi8_epi32(_mm_cmpeq_epi8(magnitude, _mm_set1_epi8(0x7f)));
+                // As a binary16 the exponent is 8 too small; the product mends it, for subnormal codes too.
+                let magnitude = _mm_slli_epi16::<7>(_mm_cvtepu8_epi16(magnitude));
+                let sign = _mm_slli_epi16::<8>(_mm_cvtepu8_epi16(bytes));
+                let half = _mm_or_si128(magnitude, _mm_and_si128(sign, _mm_set1_epi16(i16::MIN)));
+                let finite = _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0));
+                _mm256_or_ps(finite, _mm256_castsi256_ps(nan))
+            }),
+            Format::Int4 => self.int4::<E, 32>(codes, col),
+            Format::Int4x64 => self.int4::<E, 64>(codes, col),
+            _ => {
+                let mut wide = [0.0; 8];
+                rows::widen(codes, col, &mut wide);
+                self.load(&wide)
+            }
+        }
     }
     #[inline(always)]
     unsafe fn load_at(self, from: *const f32) -> __m256 {

@@ -2,7 +2,11 @@
 
 use core::arch::x86_64::*;
 
+use memlayer_core::Element;
+use memlayer_core::element::Format;
+
 use super::Simd;
+use super::rows::{self, Nibbles};
 
 /// The CPU has AVX-512 F, BW, DQ and VL, AVX2 and FMA, and the system saves their registers.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +33,36 @@ macro_rules! have {
         // intrinsics here ask for, and they have no other obligation.
         unsafe { $e }
     }};
+}
+
+impl Avx512 {
+    /// The 16 16-bit codes from `col` on.
+    #[inline(always)]
+    fn words<E: Element>(self, codes: &[E], col: usize) -> __m256i {
+        let words = &bytemuck::cast_slice::<E, u16>(codes)[col..col + 16];
+        // SAFETY: the CPU has the feature by the token; the slice has 16 words, so as many may be read.
+        unsafe { _mm256_loadu_si256(words.as_ptr().cast()) }
+    }
+    /// The 16 bytes from `at` on.
+    #[inline(always)]
+    fn bytes<E: Element>(self, codes: &[E], at: usize) -> __m128i {
+        let bytes = &bytemuck::cast_slice::<E, u8>(codes)[at..at + 16];
+        // SAFETY: the CPU has the feature by the token; the slice has 16 bytes, so as many may be read.
+        unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+    }
+    /// The values from `col` on of a row of [`memlayer_core::Int4`].
+    #[inline(always)]
+    fn int4<E: Element, const G: usize>(self, codes: &[E], col: usize) -> __m512 {
+        let place = Nibbles::new(G, col);
+        let group = &bytemuck::cast_slice::<E, u8>(codes)[place.group..];
+        let scale = i16::from_le_bytes([group[0], group[1]]);
+        have!(self, {
+            let nibbles = _mm_srl_epi16(self.bytes(codes, place.byte), _mm_cvtsi32_si128(place.shift));
+            let integers = _mm512_cvtepu8_epi32(_mm_and_si128(nibbles, _mm_set1_epi8(15)));
+            let integers = _mm512_cvtepi32_ps(_mm512_sub_epi32(integers, _mm512_set1_epi32(8)));
+            _mm512_mul_ps(_mm512_cvtph_ps(_mm256_set1_epi16(scale)), integers)
+        })
+    }
 }
 
 impl Simd for Avx512 {
@@ -118,6 +152,39 @@ impl Simd for Avx512 {
     fn prefetch(self, at: *const u8) {
         // A prefetch of any address is no access.
         have!(self, _mm_prefetch::<_MM_HINT_T0>(at.cast()));
+    }
+    #[inline(always)]
+    fn widen<E: Element>(self, codes: &[E], col: usize) -> __m512 {
+        match E::FORMAT {
+            Format::F32 => self.load(&bytemuck::cast_slice::<E, f32>(codes)[col..]),
+            Format::F16 => have!(self, _mm512_cvtph_ps(self.words(codes, col))),
+            Format::Bf16 => {
+                have!(self, _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(self.words(codes, col)))))
+            }
+            Format::Int8 => have!(self, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(self.bytes(codes, col)))),
+            // The upper byte of a binary16.
+            Format::E5m2 => {
+                have!(self, _mm512_cvtph_ps(_mm256_slli_epi16::<8>(_mm256_cvtepu8_epi16(self.bytes(codes, col)))))
+            }
+            Format::E4m3 => have!(self, {
+                let bytes = self.bytes(codes, col);
+                let magnitude = _mm_and_si128(bytes, _mm_set1_epi8(0x7f));
+                let nan = _mm_cmpeq_epi8_mask(magnitude, _mm_set1_epi8(0x7f));
+                // As a binary16 the exponent is 8 too small; the product mends it, for subnormal codes too.
+                let magnitude = _mm256_slli_epi16::<7>(_mm256_cvtepu8_epi16(magnitude));
+                let sign = _mm256_slli_epi16::<8>(_mm256_cvtepu8_epi16(bytes));
+                let half = _mm256_or_si256(magnitude, _mm256_and_si256(sign, _mm256_set1_epi16(i16::MIN)));
+                let finite = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0));
+                _mm512_mask_mov_ps(finite, nan, _mm512_set1_ps(f32::NAN))
+            }),
+            Format::Int4 => self.int4::<E, 32>(codes, col),
+            Format::Int4x64 => self.int4::<E, 64>(codes, col),
+            _ => {
+                let mut wide = [0.0; 16];
+                rows::widen(codes, col, &mut wide);
+                self.load(&wide)
+            }
+        }
     }
     #[inline(always)]
     unsafe fn load_at(self, from: *const f32) -> __m512 {

@@ -22,6 +22,7 @@ pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
 pub(crate) use lanes::Lanes;
+use memlayer_core::Element;
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::Neon;
 
@@ -31,7 +32,7 @@ pub(crate) use neon::Neon;
 pub enum Isa {
     /// What every machine of the target has.
     Scalar,
-    /// AVX2 and FMA (x86-64-v3).
+    /// AVX2, FMA and F16C (x86-64-v3).
     Avx2,
     /// AVX-512 F, BW, DQ and VL (x86-64-v4).
     Avx512,
@@ -212,6 +213,17 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// * All of them may be written.
     unsafe fn store_at(self, v: Self::V, to: *mut f32);
+
+    /// Values `col..col + LANES` of a row of codes, unscaled; `col` is a multiple of `LANES`.
+    ///
+    /// # Panics
+    /// If the row has fewer.
+    #[inline(always)]
+    fn widen<E: Element>(self, codes: &[E], col: usize) -> Self::V {
+        let mut wide = [0.0; 16];
+        rows::widen(codes, col, &mut wide[..Self::LANES]);
+        self.load(&wide)
+    }
 
     /// The first `LANES` scalars.
     ///

@@ -1,7 +1,7 @@
 //! Kernels over rows of a table: weighted sums and dots, in blocks of columns that stay in registers.
 
 use memlayer_core::element::Format;
-use memlayer_core::{Element, Row};
+use memlayer_core::{Element, Int4, Row};
 
 use super::{Lanes, Simd};
 
@@ -57,6 +57,11 @@ pub(crate) fn as_f32<E: Element>(codes: &[E]) -> Option<&[f32]> {
 #[inline(always)]
 pub(crate) fn widen<E: Element>(codes: &[E], col: usize, out: &mut [f32]) {
     let n = out.len();
+    match E::FORMAT {
+        Format::Int4 => return widen_int4::<32>(bytemuck::cast_slice(codes), col, out),
+        Format::Int4x64 => return widen_int4::<64>(bytemuck::cast_slice(codes), col, out),
+        _ => {}
+    }
     if E::codes(n) == n {
         // A code a value: the shorter slice spares the loop its bounds checks, so that it becomes vector code.
         let codes = &codes[col..col + n];
@@ -70,6 +75,46 @@ pub(crate) fn widen<E: Element>(codes: &[E], col: usize, out: &mut [f32]) {
     }
 }
 
+/// Where the values from `col` on are in a row of [`Int4`], for a vector that lies in half a group.
+#[derive(Clone, Copy)]
+pub(super) struct Nibbles {
+    /// The first byte of their group.
+    pub(super) group: usize,
+    /// The first of their bytes.
+    pub(super) byte: usize,
+    /// Bits that their halves of the bytes are shifted by.
+    pub(super) shift: i32,
+}
+
+impl Nibbles {
+    #[inline(always)]
+    pub(super) const fn new(group: usize, col: usize) -> Self {
+        let (half, place) = (group / 2, col % group);
+        let start = col / group * (2 + half);
+        Self { group: start, byte: start + 2 + place % half, shift: if place < half { 0 } else { 4 } }
+    }
+}
+
+/// [`widen`] of groups of `G` integers: half a group at a time, so that it becomes vector code.
+#[inline(always)]
+fn widen_int4<const G: usize>(codes: &[Int4<G>], col: usize, out: &mut [f32]) {
+    let half = G / 2;
+    if !col.is_multiple_of(half) || !out.len().is_multiple_of(half) {
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = Int4::value(codes, col + i);
+        }
+        return;
+    }
+    for (i, out) in out.chunks_exact_mut(half).enumerate() {
+        let i = col / half + i;
+        let group = &codes[i / 2 * Int4::<G>::GROUP..][..Int4::<G>::GROUP];
+        let (scale, shift) = (Int4::scale(group), 4 * (i % 2));
+        for (out, byte) in out.iter_mut().zip(&group[2..]) {
+            *out = scale * (f32::from(byte.0 >> shift & 15) - 8.0);
+        }
+    }
+}
+
 /// `acc += (weight · scale) · code`, multiplied, then added.
 #[inline(always)]
 pub(crate) fn add_row<S: Simd, E: Element, const NV: usize>(
@@ -79,59 +124,69 @@ pub(crate) fn add_row<S: Simd, E: Element, const NV: usize>(
     row: &Row<'_, E>,
     col: usize,
 ) {
-    let n = NV * S::LANES;
-    let mut wide = [0.0; BLOCK];
-    let codes = match as_f32(row.codes) {
-        Some(codes) => &codes[col..col + n],
-        None => {
-            widen(row.codes, col, &mut wide[..n]);
-            &wide[..n]
-        }
-    };
-    match row.scales {
-        [] | [_] => {
-            let factor = match row.scales {
-                [scale] => weight * scale,
-                _ => weight,
-            };
-            let factor = s.splat(factor);
-            for (i, acc) in acc.iter_mut().enumerate() {
-                *acc = s.add(*acc, s.mul(factor, s.load(&codes[i * S::LANES..])));
-            }
-        }
-        _ => {
-            let mut factors = [0.0; BLOCK];
-            for (i, factor) in factors[..n].iter_mut().enumerate() {
-                *factor = weight * row.scale::<f32>(col + i);
-            }
-            for (i, acc) in acc.iter_mut().enumerate() {
-                let factor = s.load(&factors[i * S::LANES..]);
-                *acc = s.add(*acc, s.mul(factor, s.load(&codes[i * S::LANES..])));
-            }
-        }
+    if row.scales.len() > 1 {
+        return add_groups(s, acc, weight, row, col);
     }
+    let factor = s.splat(match row.scales {
+        [scale] => weight * scale,
+        _ => weight,
+    });
+    let (codes, col) = block(row.codes, col, NV * S::LANES);
+    for (i, acc) in acc.iter_mut().enumerate() {
+        *acc = s.add(*acc, s.mul(factor, s.widen(codes, col + i * S::LANES)));
+    }
+}
+
+/// The codes that hold values `col..col + n`, and where among them value `col` is. With a code a value they are
+/// exactly `n`: one check in place of one for each vector.
+#[inline(always)]
+fn block<E: Element>(codes: &[E], col: usize, n: usize) -> (&[E], usize) {
+    if E::codes(1) == 1 { (&codes[col..col + n], 0) } else { (codes, col) }
+}
+
+/// [`add_row`] of a row with a scale for each group of its values.
+#[inline(never)]
+fn add_groups<S: Simd, E: Element, const NV: usize>(
+    s: S,
+    acc: &mut [S::V; NV],
+    weight: f32,
+    row: &Row<'_, E>,
+    col: usize,
+) {
+    s.vectorize(
+        #[inline(always)]
+        || {
+            for (i, acc) in acc.iter_mut().enumerate() {
+                let col = col + i * S::LANES;
+                let mut factors = [0.0; 16];
+                for (i, factor) in factors[..S::LANES].iter_mut().enumerate() {
+                    *factor = weight * row.scale::<f32>(col + i);
+                }
+                *acc = s.add(*acc, s.mul(s.load(&factors), s.widen(row.codes, col)));
+            }
+        },
+    );
 }
 
 /// The dot of a block of a row with the vector `x`.
 #[inline(always)]
 pub(crate) fn dot_row<S: Simd, E: Element, const NV: usize>(s: S, x: &[S::V; NV], row: &Row<'_, E>, col: usize) -> f32 {
-    let n = NV * S::LANES;
-    let mut wide = [0.0; BLOCK];
-    let codes = match as_f32(row.codes) {
-        Some(codes) if row.scales.len() <= 1 => &codes[col..col + n],
-        _ => {
-            widen(row.codes, col, &mut wide[..n]);
-            if row.scales.len() > 1 {
-                for (i, value) in wide[..n].iter_mut().enumerate() {
-                    *value *= row.scale::<f32>(col + i);
-                }
-            }
-            &wide[..n]
-        }
-    };
     let mut sums = [s.splat(0.0); 2];
-    for (i, &x) in x.iter().enumerate() {
-        sums[i % 2] = s.mul_add(x, s.load(&codes[i * S::LANES..]), sums[i % 2]);
+    if row.scales.len() > 1 {
+        for (i, &x) in x.iter().enumerate() {
+            let col = col + i * S::LANES;
+            let mut scales = [0.0; 16];
+            for (i, scale) in scales[..S::LANES].iter_mut().enumerate() {
+                *scale = row.scale::<f32>(col + i);
+            }
+            let values = s.mul(s.widen(row.codes, col), s.load(&scales));
+            sums[i % 2] = s.mul_add(x, values, sums[i % 2]);
+        }
+    } else {
+        let (codes, col) = block(row.codes, col, NV * S::LANES);
+        for (i, &x) in x.iter().enumerate() {
+            sums[i % 2] = s.mul_add(x, s.widen(codes, col + i * S::LANES), sums[i % 2]);
+        }
     }
     let sum = if NV == 1 { s.sum(sums[0]) } else { s.sum(s.add(sums[0], sums[1])) };
     match row.scales {

@@ -1,18 +1,17 @@
 //! Embedding bags: a block of columns stays in registers while the rows of a bag run past it, and the rows that come
 //! next are asked for ahead of time.
 
-use memlayer_core::ArgError;
-use memlayer_core::RowStore;
 use memlayer_core::error::check_ids;
 use memlayer_core::ops::bag::{BagDot, BagSum, EmbeddingBag};
+use memlayer_core::{ArgError, Element, RowStore};
 
 use crate::Cpu;
 use crate::isa::rows::{Columns, add_row, columns, dot_row};
 use crate::isa::{Simd, dispatch};
 use crate::ops::piece;
 
-/// Rows that are asked for before they are summed.
-const AHEAD: usize = 8;
+/// Bytes that are asked for before they are summed, as whole rows of a block.
+const AHEAD: usize = 4096;
 
 /// About how long a row of `dim` values takes, in nanoseconds.
 pub(super) fn row_cost(dim: usize) -> usize {
@@ -67,7 +66,19 @@ impl<T: RowStore + Sync> EmbeddingBag<T> for Cpu {
     }
 }
 
-/// Asks for the row that comes [`AHEAD`] rows after row `l` of a bag: in this block of columns, the next block, or
+/// Rows that [`AHEAD`] bytes are, in a block of `width` columns. Few choices, so that the compiler knows them where it
+/// knows the width.
+#[inline(always)]
+fn ahead<E: Element>(width: usize) -> usize {
+    match E::codes(width) * size_of::<E>() {
+        ..=64 => AHEAD / 64,
+        65..=128 => AHEAD / 128,
+        129..=256 => AHEAD / 256,
+        _ => AHEAD / 512,
+    }
+}
+
+/// Asks for the row that comes [`AHEAD`] bytes after row `l` of a bag: in this block of columns, the next block, or
 /// the next bag, whose rows follow if `row` knows them.
 #[inline(always)]
 fn ask<S: Simd, T: RowStore>(
@@ -77,19 +88,21 @@ fn ask<S: Simd, T: RowStore>(
     (l, bag): (usize, usize),
     (col, width): (usize, usize),
 ) {
-    let ahead = l + AHEAD;
+    let ahead = l + ahead::<T::Elem>(width);
     let (l, start) = match (ahead < bag, col + width < table.dim()) {
         (true, _) => (ahead, col),
         (false, true) => (ahead - bag, col + width),
         (false, false) => (ahead, 0),
     };
     if let Some(id) = row(l) {
+        let row = table.row(id);
         if start == 0 {
             table.prefetch(id);
+            s.prefetch(row.scales.as_ptr().cast());
         }
-        let codes = table.row(id).codes;
         // A row's codes are as many as its values, or fewer where a code holds several.
-        s.prefetch_all(codes.get(start..(start + width).min(codes.len())).unwrap_or(&[]));
+        let (start, end) = (T::Elem::codes(start), T::Elem::codes(start + width));
+        s.prefetch_all(row.codes.get(start..end.min(row.codes.len())).unwrap_or(&[]));
     }
 }
 
@@ -112,10 +125,13 @@ impl<T: RowStore> Columns for Sum<'_, T> {
             add_row(s, &mut acc, weight, &self.table.row(id), col);
         }
         let out = &mut self.out[col..col + width];
-        for (i, &acc) in acc.iter().enumerate() {
-            let out = &mut out[i * S::LANES..];
-            let sum = if self.accumulate { s.add(s.load(out), acc) } else { acc };
-            s.store(sum, out);
+        if self.accumulate {
+            for (out, acc) in out.chunks_exact(S::LANES).zip(&mut acc) {
+                *acc = s.add(s.load(out), *acc);
+            }
+        }
+        for (out, acc) in out.chunks_exact_mut(S::LANES).zip(acc) {
+            s.store(acc, out);
         }
     }
 }

@@ -9,7 +9,7 @@ mod select_backward;
 mod topk;
 
 /// Rows of a call that one piece of work takes, so that there are enough pieces and each is worth its start.
-fn piece(rows: usize, cost_of_row: usize) -> usize {
+pub(crate) fn piece(rows: usize, cost_of_row: usize) -> usize {
     // Some 20 microseconds a piece.
     (20_000 / cost_of_row.max(1)).clamp(1, rows.max(1))
 }

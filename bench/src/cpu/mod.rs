@@ -1,0 +1,243 @@
+//! The cases of the CPU, and what they are measured against.
+
+mod inputs;
+mod layer;
+#[cfg(feature = "lm")]
+mod lm;
+mod ops;
+
+use std::sync::Arc;
+
+use memlayer_cpu::Cpu;
+use serde::Serialize;
+
+use crate::Options;
+use crate::error::BenchError;
+use crate::peer::Peer;
+use crate::plot;
+use crate::report::{HEADING, Report, Row, line};
+use crate::time::{self, Pair};
+use inputs::{Tables, row_bytes};
+
+/// What is measured.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct Case {
+    pub(crate) op: &'static str,
+    /// Of rows, or of keys for `select`; the row rule for `step`.
+    pub(crate) format: &'static str,
+    pub(crate) v: usize,
+    pub(crate) t: usize,
+    pub(crate) slots: usize,
+    pub(crate) threads: usize,
+    /// Whether slots are picked by Zipf's law (exponent 1) instead of uniformly.
+    pub(crate) zipf: bool,
+    pub(crate) heads: usize,
+    pub(crate) sub_keys: usize,
+    pub(crate) half_dim: usize,
+    pub(crate) top_k: usize,
+    /// Bytes of a row's codes.
+    pub(crate) row_bytes: usize,
+    /// What it is measured against.
+    pub(crate) peer: &'static str,
+}
+
+impl Case {
+    fn new(op: &'static str, format: &'static str, (v, t, slots): (usize, usize, usize), threads: usize) -> Self {
+        let peer = match (op, format) {
+            ("bag_sum", "int8" | "int4" | "e4m3") => "FBGEMM",
+            ("step", _) => "SparseAdam",
+            ("lm step", _) => "dense, equal FLOPs",
+            _ => "PyTorch",
+        };
+        let rows = if matches!(op, "step" | "select") { "f32" } else { format };
+        Self {
+            op,
+            format,
+            v,
+            t,
+            slots,
+            threads,
+            zipf: false,
+            heads: 4,
+            sub_keys: slots.isqrt(),
+            half_dim: 64,
+            top_k: 32,
+            row_bytes: row_bytes(rows, v),
+            peer,
+        }
+    }
+
+    fn name(&self) -> String {
+        format!("{} {} v{} t{} 2^{} x{}", self.op, self.format, self.v, self.t, self.slots.ilog2(), self.threads)
+    }
+
+    /// L.
+    pub(crate) fn bag(&self) -> usize {
+        self.heads * self.top_k
+    }
+
+    /// The least ratio that is aimed at.
+    fn target(&self) -> Option<f64> {
+        match (self.op, self.format, self.peer) {
+            ("select", "f32", _) => Some(if self.t >= 16 { 6.0 } else { 3.0 }),
+            ("select", "int8", _) => Some(10.0),
+            ("bag_sum", "f32", _) => Some(1.0),
+            ("bag_sum", "bf16", _) => Some(1.5),
+            ("bag_sum", "int8", _) => Some(if self.v <= 256 { 1.7 } else { 1.3 }),
+            ("bag_sum", "e4m3" | "e5m2", _) => Some(5.0),
+            ("bag_sum", "int4", _) => Some(1.3),
+            ("layer", "f32", _) => Some(if self.t == 1 { 3.0 } else { 3.5 }),
+            ("layer", "int8", _) => Some(if self.t == 1 { 6.0 } else { 7.0 }),
+            ("step", _, "AdamW") => Some(100.0),
+            ("step", "adam", _) => Some(5.0),
+            ("step", "adagrad", _) => Some(8.0),
+            ("lm step", ..) => Some(0.9),
+            _ => None,
+        }
+    }
+}
+
+/// Formats of rows.
+const FORMATS: [&str; 7] = ["f32", "bf16", "f16", "int8", "e4m3", "e5m2", "int4"];
+
+/// All cases, those that share a table one after the other.
+fn cases(options: &Options) -> Vec<Case> {
+    let mut cases = Vec::new();
+    let tokens: &[usize] = if options.quick { &[1, 256] } else { &[1, 16, 256, 4096] };
+    let threads = &options.threads;
+    let mut add = |case: Case| cases.push(case);
+    for format in ["f32", "int8"] {
+        for slots in [1 << 20, 1 << 16, 1 << 18, 1 << 22] {
+            for &t in tokens.iter().filter(|&&t| slots == 1 << 20 || t == 256 && !options.quick) {
+                threads.iter().for_each(|&n| add(Case::new("select", format, (256, t, slots), n)));
+            }
+        }
+    }
+    for format in FORMATS {
+        for v in [64, 256, 1024] {
+            for slots in [1 << 20, 1 << 16, 1 << 18, 1 << 22] {
+                let swept = slots == 1 << 20 || v == 256 && !options.quick;
+                for &t in tokens.iter().filter(|&&t| swept && (slots == 1 << 20 || t == 256)) {
+                    for &n in threads {
+                        let case = Case::new("bag_sum", format, (v, t, slots), n);
+                        add(case.clone());
+                        if t == 256 && v == 256 && slots == 1 << 20 {
+                            add(Case { zipf: true, ..case });
+                        }
+                    }
+                }
+            }
+        }
+    }
+    for format in ["f32", "int8"] {
+        for &t in tokens {
+            threads.iter().for_each(|&n| add(Case::new("layer", format, (256, t, 1 << 20), n)));
+        }
+    }
+    for format in ["adam", "adagrad"] {
+        for (v, t, slots) in [(256, 256, 1 << 16), (256, 256, 1 << 20), (256, 4096, 1 << 20), (64, 256, 1 << 22)] {
+            for &n in threads.iter().filter(|_| !options.quick || (t, slots) == (256, 1 << 20)) {
+                let case = Case::new("step", format, (v, t, slots), n);
+                if format == "adam" {
+                    add(Case { peer: "AdamW", ..case.clone() });
+                }
+                add(case);
+            }
+        }
+    }
+    #[cfg(feature = "lm")]
+    threads.iter().for_each(|&n| add(Case::new("lm step", "f32", (32, 256, 1 << 14), n)));
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a size somebody typed")]
+    let most = (options.memory * f64::from(1 << 30)) as usize;
+    cases.retain(|case| case.slots * case.row_bytes <= most);
+    if let Some(only) = &options.only {
+        cases.retain(|case| case.name().contains(only.as_str()));
+    }
+    cases
+}
+
+/// Runs all cases and prints the table.
+pub(crate) fn run(options: &Options) -> Result<(), BenchError> {
+    let cpu = |threads| Cpu::builder().threads(threads).build().map(Arc::new);
+    let (mut peer, versions) = match Peer::start(&options.python) {
+        Ok((peer, versions)) => (Some(peer), versions),
+        Err(why) => (None, format!("no peers: {why}")),
+    };
+    let machine = format!("{}, {}", processor(), versions);
+    println!("{machine}\n{}; H = 4, K = 32, C = 64\n{HEADING}", cpu(1)?.isa());
+    let mut tables = Tables::default();
+    let mut rows = Vec::new();
+    for case in cases(options) {
+        let row = measure(&case, &cpu(case.threads)?, peer.as_mut(), &mut tables)?;
+        println!("{}", line(&row));
+        rows.push(row);
+    }
+    if let Some(folder) = &options.out {
+        plot::write(folder, &machine, &rows)?;
+    }
+    if options.json {
+        let json = serde_json::to_string(&Report { rows: &rows });
+        println!("{}", json.map_err(|e| BenchError::Plot(e.to_string()))?);
+    }
+    Ok(())
+}
+
+fn measure(case: &Case, cpu: &Arc<Cpu>, peer: Option<&mut Peer>, tables: &mut Tables) -> Result<Row, BenchError> {
+    let mut row = Row {
+        case: case.clone(),
+        ours_us: 0.0,
+        peer_us: None,
+        ratio: None,
+        spread: None,
+        limit_fraction: None,
+        missing: None,
+        target: case.target(),
+    };
+    let keep = |row: &mut Row, pair: Pair| {
+        (row.ours_us, row.peer_us) = (pair.ours, Some(pair.other));
+        (row.ratio, row.spread) = (Some(pair.ratio), Some(pair.spread));
+    };
+    #[cfg(feature = "lm")]
+    if case.op == "lm step" {
+        keep(&mut row, lm::steps(cpu)?);
+        return Ok(row);
+    }
+    let mut call = match case.op {
+        "select" => ops::select(case, cpu),
+        "bag_sum" => ops::bag_sum(case, cpu, tables)?,
+        "layer" => layer::forward(case, cpu, tables)?,
+        _ => layer::step(case, cpu, tables)?,
+    };
+    let mut ours = |calls| time::clock(calls, &mut call);
+    if case.op == "bag_sum" {
+        let mut fraction: f64 = f64::INFINITY;
+        for ahead in ops::AHEAD {
+            let mut limit = ops::limit(case, cpu, tables, ahead)?;
+            let pair = time::pair(&mut ours, &mut |calls| time::clock(calls, &mut limit))?;
+            (row.ours_us, fraction) = (pair.ours, fraction.min(pair.ratio));
+        }
+        row.limit_fraction = Some(fraction);
+    }
+    match peer {
+        None => row.missing = Some("not there".to_owned()),
+        Some(peer) => {
+            let json = serde_json::to_value(case).map_err(|e| BenchError::Plot(e.to_string()))?;
+            row.missing = peer.prepare(&json)?;
+            if row.missing.is_none() {
+                keep(&mut row, time::pair(&mut ours, &mut |calls| peer.run(calls))?);
+            }
+        }
+    }
+    if row.ours_us == 0.0 {
+        row.ours_us = time::pair(&mut ours, &mut |_| Ok(1.0))?.ours;
+    }
+    Ok(row)
+}
+
+/// The processor's name and cores.
+fn processor() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let cores = std::thread::available_parallelism().map_or(1, core::num::NonZero::get);
+    format!("{}, {cores} cores", name.map_or("unknown processor", |(_, name)| name))
+}

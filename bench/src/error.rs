@@ -1,0 +1,40 @@
+//! What can go wrong.
+
+use std::path::PathBuf;
+
+/// Why a bench ended early.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BenchError {
+    /// A file could not be written or read.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's word.
+        source: std::io::Error,
+    },
+    /// The Python process did not answer as it should.
+    #[error("peer {program}: {problem}")]
+    Peer {
+        /// The Python.
+        program: String,
+        /// What it did.
+        problem: String,
+    },
+    /// The backend could not be made.
+    #[error(transparent)]
+    Cpu(#[from] memlayer_cpu::CpuError),
+    /// An operation refused its arguments.
+    #[error(transparent)]
+    Args(#[from] memlayer_core::ArgError),
+    /// The configuration of a layer.
+    #[error("{0}")]
+    Config(#[from] memlayer_core::ConfigError),
+    /// The language model.
+    #[cfg(feature = "lm")]
+    #[error(transparent)]
+    Lm(#[from] memlayer_lm::LmError),
+    /// A plot could not be drawn.
+    #[error("plot: {0}")]
+    Plot(String),
+}

@@ -1,0 +1,67 @@
+//! memlayer beside what a user would pick instead: `cargo run --release -p memlayer-bench -- cpu`.
+//!
+//! Every row compares medians of interleaved pairs measured in one run on one machine. Speed decides no test.
+
+mod cpu;
+mod error;
+mod peer;
+mod plot;
+mod report;
+mod time;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+#[derive(Debug, Parser)]
+#[command(name = "memlayer-bench", about, version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// The CPU backend, the limits of this machine, and PyTorch and FBGEMM where Python has them.
+    Cpu(Options),
+}
+
+#[derive(Debug, Args)]
+struct Options {
+    /// End with one line of JSON.
+    #[arg(long)]
+    json: bool,
+    /// The Python with the packages of bench/peers/requirements.txt; without them ours and the limits are measured.
+    #[arg(long, value_name = "PROGRAM", default_value = "python3")]
+    python: PathBuf,
+    /// Only cases whose name contains this, such as `bag_sum int8`.
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+    /// Thread counts.
+    #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [1, 2])]
+    threads: Vec<usize>,
+    /// The largest table to build, in GiB; a peer has its own beside it.
+    #[arg(long, value_name = "GIB", default_value_t = 4.0)]
+    memory: f64,
+    /// Fewer sizes: the corners of the grid.
+    #[arg(long)]
+    quick: bool,
+    /// The folder for the table, the rows and the plots.
+    #[arg(long, value_name = "FOLDER")]
+    out: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let Command::Cpu(options) = Cli::parse().command;
+    match cpu::run(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(2)
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! Medians of interleaved pairs.
+
+use std::time::Instant;
+
+use crate::error::BenchError;
+
+/// How long one measurement should take, so that the clock and a wake-up do not show.
+const TARGET_US: f64 = 3000.0;
+/// Pairs of a case, if they fit [`BUDGET_S`].
+const PAIRS: usize = 15;
+/// Pairs of a case even if they do not.
+const FEWEST: usize = 3;
+/// Seconds for a case.
+const BUDGET_S: f64 = 1.5;
+
+/// One side of a pair: makes so many calls and gives microseconds a call.
+pub(crate) type Side<'a> = dyn FnMut(usize) -> Result<f64, BenchError> + 'a;
+
+/// What a pair of sides took.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pair {
+    /// Median microseconds of the first side.
+    pub(crate) ours: f64,
+    /// Median microseconds of the second side.
+    pub(crate) other: f64,
+    /// Median of second over first, pair by pair.
+    pub(crate) ratio: f64,
+    /// The lower and upper quartile of those ratios.
+    pub(crate) spread: (f64, f64),
+}
+
+/// Microseconds a call of `f`, over so many calls.
+pub(crate) fn clock(calls: usize, mut f: impl FnMut() -> Result<(), BenchError>) -> Result<f64, BenchError> {
+    let start = Instant::now();
+    for _ in 0..calls {
+        f()?;
+    }
+    Ok(start.elapsed().as_secs_f64() * 1e6 / calls as f64)
+}
+
+/// Measures both sides in turn.
+pub(crate) fn pair(ours: &mut Side<'_>, other: &mut Side<'_>) -> Result<Pair, BenchError> {
+    let calls = [calls(ours)?, calls(other)?];
+    let start = Instant::now();
+    let (mut a, mut b, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    while ratios.len() < FEWEST || (ratios.len() < PAIRS && start.elapsed().as_secs_f64() < BUDGET_S) {
+        // A library's workers may still spin for work that no longer comes.
+        std::thread::sleep(core::time::Duration::from_millis(20));
+        let first = ours(calls[0])?;
+        let second = other(calls[1])?;
+        a.push(first);
+        b.push(second);
+        ratios.push(second / first);
+    }
+    let spread = (quantile(&mut ratios, 0.25), quantile(&mut ratios, 0.75));
+    Ok(Pair { ours: quantile(&mut a, 0.5), other: quantile(&mut b, 0.5), ratio: quantile(&mut ratios, 0.5), spread })
+}
+
+/// Calls that take about [`TARGET_US`]; the first warm up.
+fn calls(side: &mut Side<'_>) -> Result<usize, BenchError> {
+    side(1)?;
+    let once = side(1)?;
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a small positive number")]
+    let calls = (TARGET_US / once.max(0.01)).clamp(1.0, 1e5) as usize;
+    Ok(calls)
+}
+
+fn quantile(values: &mut [f64], at: f64) -> f64 {
+    values.sort_by(f64::total_cmp);
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an index")]
+    let i = (at * (values.len() - 1) as f64).round() as usize;
+    values[i]
+}
