@@ -5,7 +5,7 @@
 use libfuzzer_sys::fuzz_target;
 use memlayer_core::ops::EmbeddingBag;
 use memlayer_core::ops::bag::{BagDot, BagSum};
-use memlayer_core::{Bf16, DenseRows, E4m3, E5m2, Element, F16, Reference, RowStore, ScaledRows};
+use memlayer_core::{Bf16, DenseRows, E4m3, E5m2, Element, F16, Int4, Reference, RowStore, ScaledRows};
 use memlayer_cpu::Cpu;
 use memlayer_fuzz::{Input, Values, cpus, wide};
 use memlayer_tests::conformance::assert_same_bits;
@@ -29,7 +29,7 @@ fuzz_target!(|bytes: &[u8]| {
     };
     let len = rows * dim;
     let group = if input.flag() { dim } else { input.size(1..=dim) };
-    match input.size(0..=5) {
+    match input.size(0..=7) {
         0 => case.check(&DenseRows::new(&input.values(len, kind), dim)),
         1 => {
             let codes: Vec<F16> = words(input, len).map(F16::from_bits).collect();
@@ -39,6 +39,8 @@ fuzz_target!(|bytes: &[u8]| {
             let codes: Vec<Bf16> = words(input, len).map(Bf16::from_bits).collect();
             case.check(&DenseRows::new(&codes, dim));
         }
+        6 => case.int4::<32>(input, rows, dim),
+        7 => case.int4::<64>(input, rows, dim),
         format => {
             let scales = input.scales(rows * dim.div_ceil(group), kind);
             let bytes = input.bytes(len);
@@ -68,6 +70,14 @@ struct Case {
 impl Case {
     fn packed<E: Element>(&self, codes: Vec<E>, scales: &[f32], dim: usize, group: usize) {
         self.check(&ScaledRows::new(&codes, scales, dim, group).expect("rows"));
+    }
+
+    fn int4<const G: usize>(&self, input: &mut Input<'_>, rows: usize, dim: usize)
+    where
+        Int4<G>: Element,
+    {
+        let codes: Vec<Int4<G>> = input.bytes(rows * Int4::<G>::codes(dim)).into_iter().map(Int4).collect();
+        self.check(&DenseRows::new(&codes, dim));
     }
 
     fn check<S: RowStore + Sync>(&self, table: &S) {

@@ -3,11 +3,12 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use memlayer_core::{Bf16, Config, DenseRows, E4m3, E5m2, F16, RowStore, ScaledRows, Table};
+use memlayer_core::{Bf16, Config, DenseRows, E4m3, E5m2, Element, F16, Int4, RowStore, ScaledRows, Table};
 use memlayer_fuzz::file::File;
 use memlayer_fuzz::{Input, Values};
 use memlayer_quantize::fbgemm::FbgemmRows;
 use memlayer_quantize::image::{Image, Section, Writer, encoded_len};
+use memlayer_quantize::int4::{error_bound, pack_int4_rows};
 use memlayer_quantize::keys::prepare_keys;
 use memlayer_quantize::report::{Budget, compare, kept_share};
 use memlayer_quantize::{Pack, PackError, PackReport, pack_rows};
@@ -24,7 +25,7 @@ fuzz_target!(|bytes: &[u8]| {
         let scale = f32::from_bits(((input.bits() >> 40) as u32 % 254 + 1) << 23);
         values.iter_mut().for_each(|v| *v = if v.is_finite() { v.rem_euclid(4.0) - 2.0 } else { 1.0 } * scale);
     }
-    match input.size(0..=7) {
+    match input.size(0..=9) {
         0 => packs::<i8>(&values, dim, group),
         1 => packs::<E4m3>(&values, dim, group),
         2 => packs::<E5m2>(&values, dim, group),
@@ -32,6 +33,8 @@ fuzz_target!(|bytes: &[u8]| {
         4 => packs::<Bf16>(&values, dim, group),
         5 => packs::<f32>(&values, dim, group),
         6 => casts(&values),
+        7 => int4::<32>(&values, dim),
+        8 => int4::<64>(&values, dim),
         _ => others(input, &values),
     }
 });
@@ -60,6 +63,33 @@ fn packs<E: Pack>(values: &[f32], dim: usize, group: usize) {
     };
     assert_eq!(measured, Some(report), "the report is what comparing finds");
     assert!(report.within(&Budget::default()).is_ok() && !report.to_string().is_empty());
+}
+
+/// Rows of 4-bit integers: the same questions, their scales being among the codes.
+fn int4<const G: usize>(values: &[f32], dim: usize)
+where
+    Int4<G>: Element,
+{
+    let source = DenseRows::new(values, dim);
+    let mut codes = vec![Int4::<G>(0xff); source.rows() * Int4::<G>::codes(dim)];
+    let report = match pack_int4_rows(&source, &mut codes) {
+        Ok(report) => report,
+        Err(PackError::NonFinite { row, column, value }) => {
+            return assert!(!value.is_finite() && values[row * dim + column].to_bits() == value.to_bits());
+        }
+        Err(PackError::OutOfRange { row, column, value, .. }) => {
+            return assert!(values[row * dim + column] == value && value.abs() > 8.0 * 65_504.0);
+        }
+        Err(error) => panic!("{error}"),
+    };
+    let packed = DenseRows::new(&codes, dim);
+    assert_eq!(compare(&source, &packed), Some(report), "the report is what comparing finds");
+    for (at, &value) in values.iter().enumerate() {
+        let row = packed.row(u32::try_from(at / dim).expect("few rows"));
+        let scale = Int4::scale(&row.codes[at % dim / G * Int4::<G>::GROUP..]);
+        let (error, bound) = ((row.value::<f64>(at % dim) - f64::from(value)).abs(), error_bound(scale));
+        assert!(error <= bound, "{value:e} is off by {error:e} with a scale of {scale:e}");
+    }
 }
 
 /// An error is about something that is there.

@@ -16,7 +16,7 @@ use memlayer_core::ops::dense::{Gate, Linear, NormDims, RmsNorm};
 use memlayer_core::ops::select::{Select, SelectDims};
 use memlayer_core::ops::{Dense, EmbeddingBag, SelectRows};
 use memlayer_core::{
-    ArgError, Bf16, Config, DenseRows, E4m3, E5m2, Element, F16, Reference, RowStore, ScaledRows, Scratch, Table,
+    ArgError, Bf16, Config, DenseRows, E4m3, E5m2, Element, F16, Int4, Reference, RowStore, ScaledRows, Scratch, Table,
 };
 use memlayer_quantize::image::{Entry, Image, ImageError};
 
@@ -135,6 +135,8 @@ fn all(bytes: &[u8], m: &mut Memory<'_>) -> Result<(), Wrong> {
     dense(m)?;
     let codes = black_box([0.5f32; 64]);
     operations(&DenseRows::new(black_box(&codes[..]), black_box(4)), m)?;
+    let codes = black_box([Int4::<32>(3); 64]);
+    operations(&DenseRows::new(black_box(&codes[..]), black_box(40)), m)?;
     if let Some(entry) = Image::parse(bytes)?.section("rows") {
         operations(&entry.rows::<i8>()?, m)?;
         operations(&entry.rows::<E4m3>()?, m)?;
