@@ -98,7 +98,10 @@ fn ask<S: Simd, T: RowStore>(
         let row = table.row(id);
         if start == 0 {
             table.prefetch(id);
-            s.prefetch(row.scales.as_ptr().cast());
+            // Where there are none their address is no memory's, and asking for it costs a walk of the page tables.
+            if let Some(scale) = row.scales.first() {
+                s.prefetch(core::ptr::from_ref(scale).cast());
+            }
         }
         // A row's codes are as many as its values, or fewer where a code holds several.
         let (start, end) = (T::Elem::codes(start), T::Elem::codes(start + width));

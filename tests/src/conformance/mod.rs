@@ -9,50 +9,39 @@ pub mod optim;
 pub mod plan;
 pub mod select;
 
-use memlayer_core::ops::{Dense, RowReduce};
+use memlayer_core::layer::Backend;
+use memlayer_core::ops::optim::{Adagrad, Adam, RowwiseAdagrad, RowwiseAdam, Sgd};
+use memlayer_core::ops::{Dense, EmbeddingBag, RowReduce, RowUpdate, SelectRows};
 use memlayer_core::{Bf16, Device, E4m3, E5m2, F16};
 
 use crate::device::TestDevice;
 
-/// A device in `f32` with every operation over every kind of table the suite uses.
-pub trait Subject:
+/// Says once what a subject can do, for the trait and for its implementation.
+macro_rules! subject {
+    ($($bounds:tt)+) => {
+        /// A device in `f32` with every operation over every kind of table the suite uses.
+        pub trait Subject: $($bounds)+ {}
+        impl<D> Subject for D where Self: $($bounds)+ {}
+    };
+}
+
+subject! {
     TestDevice<Scalar = f32>
     + RowReduce
     + Dense
-    + for<'x> memlayer_core::layer::Backend<<Self as Device>::Rows<'x>, <Self as Device>::Rows<'x>>
-    + for<'x> memlayer_core::ops::EmbeddingBag<<Self as TestDevice>::Packed<'x, i8>>
-    + for<'x> memlayer_core::ops::EmbeddingBag<<Self as TestDevice>::Packed<'x, E4m3>>
-    + for<'x> memlayer_core::ops::EmbeddingBag<<Self as TestDevice>::Packed<'x, E5m2>>
-    + for<'x> memlayer_core::ops::EmbeddingBag<<Self as TestDevice>::Packed<'x, F16>>
-    + for<'x> memlayer_core::ops::EmbeddingBag<<Self as TestDevice>::Packed<'x, Bf16>>
-    + for<'x> memlayer_core::ops::SelectRows<<Self as TestDevice>::Packed<'x, i8>>
-    + for<'x> memlayer_core::ops::SelectRows<<Self as TestDevice>::Packed<'x, E4m3>>
-    + for<'x> memlayer_core::ops::RowUpdate<<Self as TestDevice>::Train<'x>, memlayer_core::ops::optim::Sgd>
-    + for<'x> memlayer_core::ops::RowUpdate<<Self as TestDevice>::Train<'x>, memlayer_core::ops::optim::Adagrad>
-    + for<'x> memlayer_core::ops::RowUpdate<<Self as TestDevice>::Train<'x>, memlayer_core::ops::optim::RowwiseAdagrad>
-    + for<'x> memlayer_core::ops::RowUpdate<<Self as TestDevice>::Train<'x>, memlayer_core::ops::optim::Adam>
-    + for<'x> memlayer_core::ops::RowUpdate<<Self as TestDevice>::Train<'x>, memlayer_core::ops::optim::RowwiseAdam>
-{
-}
-
-impl<D> Subject for D where
-    D: TestDevice<Scalar = f32>
-        + RowReduce
-        + Dense
-        + for<'x> memlayer_core::layer::Backend<<D as Device>::Rows<'x>, <D as Device>::Rows<'x>>
-        + for<'x> memlayer_core::ops::EmbeddingBag<<D as TestDevice>::Packed<'x, i8>>
-        + for<'x> memlayer_core::ops::EmbeddingBag<<D as TestDevice>::Packed<'x, E4m3>>
-        + for<'x> memlayer_core::ops::EmbeddingBag<<D as TestDevice>::Packed<'x, E5m2>>
-        + for<'x> memlayer_core::ops::EmbeddingBag<<D as TestDevice>::Packed<'x, F16>>
-        + for<'x> memlayer_core::ops::EmbeddingBag<<D as TestDevice>::Packed<'x, Bf16>>
-        + for<'x> memlayer_core::ops::SelectRows<<D as TestDevice>::Packed<'x, i8>>
-        + for<'x> memlayer_core::ops::SelectRows<<D as TestDevice>::Packed<'x, E4m3>>
-        + for<'x> memlayer_core::ops::RowUpdate<<D as TestDevice>::Train<'x>, memlayer_core::ops::optim::Sgd>
-        + for<'x> memlayer_core::ops::RowUpdate<<D as TestDevice>::Train<'x>, memlayer_core::ops::optim::Adagrad>
-        + for<'x> memlayer_core::ops::RowUpdate<<D as TestDevice>::Train<'x>, memlayer_core::ops::optim::RowwiseAdagrad>
-        + for<'x> memlayer_core::ops::RowUpdate<<D as TestDevice>::Train<'x>, memlayer_core::ops::optim::Adam>
-        + for<'x> memlayer_core::ops::RowUpdate<<D as TestDevice>::Train<'x>, memlayer_core::ops::optim::RowwiseAdam>
-{
+    + for<'x> Backend<<Self as Device>::Rows<'x>, <Self as Device>::Rows<'x>>
+    + for<'x> EmbeddingBag<<Self as TestDevice>::Packed<'x, i8>>
+    + for<'x> EmbeddingBag<<Self as TestDevice>::Packed<'x, E4m3>>
+    + for<'x> EmbeddingBag<<Self as TestDevice>::Packed<'x, E5m2>>
+    + for<'x> EmbeddingBag<<Self as TestDevice>::Packed<'x, F16>>
+    + for<'x> EmbeddingBag<<Self as TestDevice>::Packed<'x, Bf16>>
+    + for<'x> SelectRows<<Self as TestDevice>::Packed<'x, i8>>
+    + for<'x> SelectRows<<Self as TestDevice>::Packed<'x, E4m3>>
+    + for<'x> RowUpdate<<Self as TestDevice>::Train<'x>, Sgd>
+    + for<'x> RowUpdate<<Self as TestDevice>::Train<'x>, Adagrad>
+    + for<'x> RowUpdate<<Self as TestDevice>::Train<'x>, RowwiseAdagrad>
+    + for<'x> RowUpdate<<Self as TestDevice>::Train<'x>, Adam>
+    + for<'x> RowUpdate<<Self as TestDevice>::Train<'x>, RowwiseAdam>
 }
 
 /// Makes a module of tests of a device: `conformance!(avx2, || Cpu::builder().isa(Isa::Avx2).build().ok());`.
