@@ -35,7 +35,7 @@ pub use memory::TableMemory;
 use crate::isa::Token;
 use crate::pool::Pool;
 
-/// The environment variable that forces an instruction set: `scalar`, `avx2` or `avx512`.
+/// The environment variable that forces an instruction set: `scalar`, `avx2`, `avx512` or `neon`.
 pub const ISA_VARIABLE: &str = "MEMLAYER_ISA";
 
 /// The CPU as a backend.

@@ -520,3 +520,24 @@ proptest! {
         }
     }
 }
+
+/// Found by fuzzing (`args`): sizes whose products wrap around.
+#[test]
+fn absurd_sizes_are_no_panics() {
+    let keys = [1.0f32; 8];
+    let keys = &DenseRows::new(&keys, 2);
+    for cpu in backends() {
+        for bag in [1, 1 << 62, usize::MAX] {
+            let args = BagSum::<Cpu> { bag, ids: &[], weights: &[], out: &mut [], accumulate: false };
+            EmbeddingBag::bag_sum(&cpu, keys, args).unwrap();
+            cpu.bag_dot(keys, BagDot::<Cpu> { bag, ids: &[], vectors: &[], out: &mut [] }).unwrap();
+        }
+        let dims = SelectDims { tokens: 0, heads: 0, parts: 2, sub_keys: 1 << 16, half_dim: 2, top_k: 1 << 15 };
+        let wraps = SelectDims { tokens: 1 << 62, heads: 1, parts: 2, sub_keys: 2, half_dim: 2, top_k: 2 };
+        for (dims, keys) in [(dims, &DenseRows::new(&[], 2)), (wraps, keys)] {
+            let (ids, scores, weights) = (&mut [][..], &mut [][..], &mut [][..]);
+            let args = Select::<Cpu, DenseRows<'_, f32>> { dims, queries: &[], keys, ids, scores, weights };
+            assert!(cpu.select(args, Memory::new(ScratchReq::EMPTY).lend()).is_err());
+        }
+    }
+}

@@ -6,6 +6,7 @@ use crate::device::ScratchReq;
 
 /// What a layer does with the rows it selected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub enum Kind {
     /// The weighted sum of value rows (Berges et al. 2024, section 2).
     Memory,
@@ -26,6 +27,7 @@ pub enum Kind {
 /// assert_eq!(CONFIG.slots(), 256);
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct Config {
     kind: Kind,
     input_dim: usize,
@@ -43,6 +45,7 @@ pub struct Config {
 
 /// Sizes that make no layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 #[non_exhaustive]
 pub enum ConfigError {
     /// A size is zero.
@@ -330,6 +333,6 @@ impl Config {
         if self.sigmoid_gate {
             per_token += o + 1;
         }
-        ScratchReq::new(reals + per_token * tokens, l * tokens)
+        ScratchReq::new(per_token, l).times(tokens).and(ScratchReq::new(reals, 0))
     }
 }

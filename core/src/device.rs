@@ -47,10 +47,7 @@ pub trait Device: Sized {
     fn read<'b, T: Item>(view: &'b Self::ViewMut<'_, T>) -> Self::View<'b, T>;
     /// A mutable view, lent for a shorter time.
     fn reborrow<'b, T: Item>(view: &'b mut Self::ViewMut<'_, T>) -> Self::ViewMut<'b, T>;
-    /// A mutable view in two, the first of `mid` elements.
-    ///
-    /// # Panics
-    /// If the view has fewer elements.
+    /// A mutable view in two, the first of `mid` elements, which must not be more than the view has.
     fn split<T: Item>(view: Self::ViewMut<'_, T>, mid: usize) -> (Self::ViewMut<'_, T>, Self::ViewMut<'_, T>);
     /// Copies `from` into `to`.
     ///
@@ -101,6 +98,7 @@ impl<H: Host> Device for H {
         view
     }
     fn split<T: Item>(view: Self::ViewMut<'_, T>, mid: usize) -> (Self::ViewMut<'_, T>, Self::ViewMut<'_, T>) {
+        let mid = mid.min(view.len());
         view.split_at_mut(mid)
     }
     fn copy<T: Item>(&self, from: &[T], to: &mut [T]) -> Result<(), ArgError> {
@@ -113,8 +111,10 @@ impl<H: Host> Device for H {
     }
 }
 
-/// How much workspace an operation needs: so many scalars and so many ids.
+/// How much workspace an operation needs: so many scalars and so many ids. Sums and products of it that no memory could
+/// hold end at `usize::MAX`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct ScratchReq {
     /// Scalars of the device.
     pub reals: usize,
@@ -134,7 +134,7 @@ impl ScratchReq {
     /// Workspace for both at the same time.
     #[must_use]
     pub const fn and(self, other: Self) -> Self {
-        Self { reals: self.reals + other.reals, ids: self.ids + other.ids }
+        Self { reals: self.reals.saturating_add(other.reals), ids: self.ids.saturating_add(other.ids) }
     }
     /// Workspace for one after the other.
     #[must_use]
@@ -147,7 +147,7 @@ impl ScratchReq {
     /// Workspace for `n` at the same time.
     #[must_use]
     pub const fn times(self, n: usize) -> Self {
-        Self { reals: self.reals * n, ids: self.ids * n }
+        Self { reals: self.reals.saturating_mul(n), ids: self.ids.saturating_mul(n) }
     }
 }
 
@@ -180,20 +180,14 @@ impl<'a, D: Device> Scratch<'a, D> {
         Scratch { reals: D::reborrow(&mut self.reals), ids: D::reborrow(&mut self.ids) }
     }
 
-    /// The first `n` scalars, and the rest.
-    ///
-    /// # Panics
-    /// If there are fewer: [`Scratch::check`] first.
+    /// The first `n` scalars, and the rest. If there are fewer, that is a mistake: [`Scratch::check`] first.
     #[must_use]
     pub fn take_reals(self, n: usize) -> (D::ViewMut<'a, D::Scalar>, Self) {
         let (head, reals) = D::split(self.reals, n);
         (head, Self { reals, ids: self.ids })
     }
 
-    /// The first `n` ids, and the rest.
-    ///
-    /// # Panics
-    /// If there are fewer: [`Scratch::check`] first.
+    /// The first `n` ids, and the rest. If there are fewer, that is a mistake: [`Scratch::check`] first.
     #[must_use]
     pub fn take_ids(self, n: usize) -> (D::ViewMut<'a, u32>, Self) {
         let (head, ids) = D::split(self.ids, n);

@@ -94,6 +94,7 @@ real!(f64, libm::sqrt, libm::exp, libm::erf, libm::fabs);
 
 /// The number formats rows may be stored in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 #[non_exhaustive]
 pub enum Format {
     /// IEEE binary64.
@@ -151,10 +152,7 @@ pub trait Element: Item {
         dim
     }
 
-    /// Value `i` of a row of codes, unscaled, exact in `f32` (and in `f64` for `f64` rows).
-    ///
-    /// # Panics
-    /// If the row has no value `i`.
+    /// Value `i` of a row of codes, unscaled, exact in `f32` (and in `f64` for `f64` rows); NaN if the row has none.
     fn value<F: Real>(codes: &[Self], i: usize) -> F;
 }
 
@@ -179,7 +177,7 @@ mod floats {
         const FORMAT: Format = Format::F32;
         #[inline(always)]
         fn value<F: Real>(codes: &[Self], i: usize) -> F {
-            F::of(f64::from(codes[i]))
+            codes.get(i).map_or(F::of(f64::NAN), |&code| F::of(f64::from(code)))
         }
     }
     impl Trainable for f32 {
@@ -192,7 +190,7 @@ mod floats {
         const FORMAT: Format = Format::F64;
         #[inline(always)]
         fn value<F: Real>(codes: &[Self], i: usize) -> F {
-            F::of(codes[i])
+            codes.get(i).map_or(F::of(f64::NAN), |&code| F::of(code))
         }
     }
     impl Trainable for f64 {
@@ -205,14 +203,15 @@ mod floats {
         const FORMAT: Format = Format::F16;
         #[inline(always)]
         fn value<F: Real>(codes: &[Self], i: usize) -> F {
-            F::of(f64::from(f16_to_f32(codes[i].to_bits())))
+            codes.get(i).map_or(F::of(f64::NAN), |code| F::of(f64::from(f16_to_f32(code.to_bits()))))
         }
     }
     impl Element for Bf16 {
         const FORMAT: Format = Format::Bf16;
         #[inline(always)]
         fn value<F: Real>(codes: &[Self], i: usize) -> F {
-            F::of(f64::from(f32::from_bits(u32::from(codes[i].to_bits()) << 16)))
+            let widened = |code: &Self| f64::from(f32::from_bits(u32::from(code.to_bits()) << 16));
+            codes.get(i).map_or(F::of(f64::NAN), |code| F::of(widened(code)))
         }
     }
     impl Trainable for Bf16 {
@@ -234,21 +233,21 @@ mod floats {
         const FORMAT: Format = Format::Int8;
         #[inline(always)]
         fn value<F: Real>(codes: &[Self], i: usize) -> F {
-            F::of(f64::from(codes[i]))
+            codes.get(i).map_or(F::of(f64::NAN), |&code| F::of(f64::from(code)))
         }
     }
     impl Element for E4m3 {
         const FORMAT: Format = Format::E4m3;
         #[inline(always)]
         fn value<F: Real>(codes: &[Self], i: usize) -> F {
-            F::of(f64::from(codes[i].to_f32()))
+            codes.get(i).map_or(F::of(f64::NAN), |code| F::of(f64::from(code.to_f32())))
         }
     }
     impl Element for E5m2 {
         const FORMAT: Format = Format::E5m2;
         #[inline(always)]
         fn value<F: Real>(codes: &[Self], i: usize) -> F {
-            F::of(f64::from(codes[i].to_f32()))
+            codes.get(i).map_or(F::of(f64::NAN), |code| F::of(f64::from(code.to_f32())))
         }
     }
 
@@ -346,10 +345,12 @@ impl<const G: usize> Element for Int4<G> {
 
     #[inline(always)]
     fn value<F: Real>(codes: &[Self], i: usize) -> F {
-        let group = &codes[i / G * Self::GROUP..][..Self::GROUP];
+        let group = codes.chunks_exact(Self::GROUP).nth(i / G).and_then(|group| group.split_first_chunk::<2>());
         let (i, half) = (i % G, G / 2);
-        let byte = group[2 + i % half].0;
+        let Some((scale, byte)) = group.and_then(|(scale, bytes)| Some((scale, bytes.get(i % half)?.0))) else {
+            return F::of(f64::NAN);
+        };
         let integer = if i < half { byte & 15 } else { byte >> 4 };
-        F::of(f64::from(Self::scale(group))) * F::of(f64::from(integer) - 8.0)
+        F::of(f64::from(Self::scale(scale))) * F::of(f64::from(integer) - 8.0)
     }
 }

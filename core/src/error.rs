@@ -4,6 +4,7 @@ use core::fmt;
 
 /// An argument that an operation cannot accept. Nothing was read or written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 #[non_exhaustive]
 pub enum ArgError {
     /// An operand has the wrong number of elements.
@@ -88,6 +89,18 @@ impl core::error::Error for ArgError {}
 /// [`ArgError::Shape`].
 pub const fn check_len(op: &'static str, operand: &'static str, expected: usize, found: usize) -> Result<(), ArgError> {
     if expected == found { Ok(()) } else { Err(ArgError::Shape { op, operand, expected, found }) }
+}
+
+/// The product of sizes, or `usize::MAX` where there is no such number: no buffer is that long, so a check against a
+/// buffer's length fails, where a product that wraps around might pass.
+#[must_use]
+pub const fn product(sizes: &[usize]) -> usize {
+    let (mut product, mut i) = (1usize, 0);
+    while i < sizes.len() {
+        product = product.saturating_mul(sizes[i]);
+        i += 1;
+    }
+    product
 }
 
 /// Fails unless every id is a row of a table of `rows` rows.

@@ -6,6 +6,7 @@ use core::fmt;
 
 /// How evenly a mass is spread over slots.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct Health {
     /// The share of slots with any mass, in percent.
     pub used_percent: f64,

@@ -14,7 +14,7 @@
 
 use crate::config::{Config, Kind};
 use crate::device::{Device, Scratch, ScratchReq};
-use crate::error::{ArgError, check_len};
+use crate::error::{ArgError, check_len, product};
 use crate::ops::bag::{BagDot, BagSum};
 use crate::ops::dense::{Gate, GateBackward, Linear, LinearBackward, NormDims, RmsNorm, RmsNormBackward};
 use crate::ops::select::{Select, SelectBackward, SelectDims};
@@ -646,11 +646,11 @@ fn check_call<V: Table, K: Table, D: Backend<V, K>>(
     if !len.is_multiple_of(config.input_dim()) {
         return Err(ArgError::Size { op: OP, operand: "x", found: len, multiple_of: config.input_dim() });
     }
-    let tokens = len / config.input_dim();
-    check_len(OP, operand, tokens * config.output_dim(), out)?;
-    check_len(OP, "activations (ids)", tokens * config.bag_len(), D::len_mut(&act.ids))?;
-    check_len(OP, "activations (queries)", tokens * config.query_len(), D::len_mut(&act.queries))?;
-    check_len(OP, "activations (sums)", tokens * config.value_dim(), D::len_mut(&act.y))?;
+    let tokens = len.checked_div(config.input_dim()).unwrap_or(0);
+    check_len(OP, operand, product(&[tokens, config.output_dim()]), out)?;
+    check_len(OP, "activations (ids)", product(&[tokens, config.bag_len()]), D::len_mut(&act.ids))?;
+    check_len(OP, "activations (queries)", product(&[tokens, config.query_len()]), D::len_mut(&act.queries))?;
+    check_len(OP, "activations (sums)", product(&[tokens, config.value_dim()]), D::len_mut(&act.y))?;
     let presences = [
         ("activations of qk-norm", act.norm.is_some(), config.qk_norm()),
         ("activations of peer", act.peer.is_some(), matches!(config.kind(), Kind::Peer)),

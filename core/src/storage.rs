@@ -30,18 +30,21 @@ pub struct Row<'a, E> {
 }
 
 impl<E: Element> Row<'_, E> {
-    /// The scale of value `i`.
+    /// The scale of value `i`; NaN where there is none.
     #[inline(always)]
     #[must_use]
     pub fn scale<F: Real>(&self, i: usize) -> F {
         match self.scales {
             [] => F::one(),
             [scale] => F::of(f64::from(*scale)),
-            scales => F::of(f64::from(scales[i / self.group])),
+            scales => {
+                let scale = i.checked_div(self.group).and_then(|group| scales.get(group));
+                scale.map_or(F::of(f64::NAN), |&scale| F::of(f64::from(scale)))
+            }
         }
     }
 
-    /// The code of value `i`, unscaled.
+    /// The code of value `i`, unscaled; NaN where there is none.
     #[inline(always)]
     #[must_use]
     pub fn code<F: Real>(&self, i: usize) -> F {
@@ -58,10 +61,7 @@ impl<E: Element> Row<'_, E> {
 
 /// Rows readable from the host: implement it to keep rows in flash, a memory map or an arena.
 pub trait RowStore: Table {
-    /// Row `id`.
-    ///
-    /// # Panics
-    /// If there is no such row. Operations check ids before they read.
+    /// Row `id`. Operations check ids before they read; the tables of this crate have empty rows behind their end.
     fn row(&self, id: RowId) -> Row<'_, Self::Elem>;
 
     /// Says that row `id` will be read soon. `id` may be out of range.
@@ -124,15 +124,10 @@ pub struct DenseRows<'a, E> {
 }
 
 impl<'a, E: Element> DenseRows<'a, E> {
-    /// `codes` as rows of `dim` values; what is left over at the end belongs to no row.
-    ///
-    /// # Panics
-    /// If `dim` is zero.
+    /// `codes` as rows of `dim` values; what is left over at the end belongs to no row. There are no rows of no values.
     #[must_use]
     pub fn new(codes: &'a [E], dim: usize) -> Self {
-        let width = E::codes(dim);
-        assert!(width > 0, "rows of no values");
-        Self { codes, width, dim }
+        Self { codes, width: E::codes(dim), dim }
     }
 
     /// All codes, row after row.
@@ -145,7 +140,7 @@ impl<'a, E: Element> DenseRows<'a, E> {
 impl<E: Element> Table for DenseRows<'_, E> {
     type Elem = E;
     fn rows(&self) -> usize {
-        self.codes.len() / self.width
+        self.codes.len().checked_div(self.width).unwrap_or(0)
     }
     fn dim(&self) -> usize {
         self.dim
@@ -155,9 +150,15 @@ impl<E: Element> Table for DenseRows<'_, E> {
 impl<E: Element> RowStore for DenseRows<'_, E> {
     #[inline(always)]
     fn row(&self, id: RowId) -> Row<'_, E> {
-        let start = id as usize * self.width;
-        Row { codes: &self.codes[start..start + self.width], scales: &[], group: self.dim }
+        Row { codes: nth(self.codes, id, self.width), scales: &[], group: self.dim }
     }
+}
+
+/// Piece `id` of `items`, cut into pieces of `width`; nothing if there is none.
+#[inline(always)]
+fn nth<T>(items: &[T], id: RowId, width: usize) -> &[T] {
+    let start = (id as usize).saturating_mul(width);
+    items.get(start..).and_then(|items| items.get(..width)).unwrap_or_default()
 }
 
 /// Packed rows: codes in one slice, scales in another.
@@ -191,7 +192,7 @@ impl<'a, E: Element> ScaledRows<'a, E> {
 impl<E: Element> Table for ScaledRows<'_, E> {
     type Elem = E;
     fn rows(&self) -> usize {
-        self.codes.len() / self.width
+        self.codes.len().checked_div(self.width).unwrap_or(0)
     }
     fn dim(&self) -> usize {
         self.dim
@@ -201,12 +202,8 @@ impl<E: Element> Table for ScaledRows<'_, E> {
 impl<E: Element> RowStore for ScaledRows<'_, E> {
     #[inline(always)]
     fn row(&self, id: RowId) -> Row<'_, E> {
-        let (start, groups) = (id as usize * self.width, self.groups);
-        Row {
-            codes: &self.codes[start..start + self.width],
-            scales: &self.scales[id as usize * groups..(id as usize + 1) * groups],
-            group: self.group,
-        }
+        let (codes, scales) = (nth(self.codes, id, self.width), nth(self.scales, id, self.groups));
+        Row { codes, scales, group: self.group }
     }
 }
 

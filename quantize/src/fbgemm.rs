@@ -8,6 +8,7 @@ use core::fmt;
 
 /// Why bytes are no FBGEMM rows.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 #[non_exhaustive]
 pub enum FbgemmError {
     /// Rows of no values, or so wide that this machine cannot address one.

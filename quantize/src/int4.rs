@@ -11,10 +11,17 @@ use crate::rows::{Cut, PackError, check_len, greatest};
 const LARGEST: f32 = 8.0 * 65_504.0;
 
 /// The greatest `|value(code) - value|` that packing causes in a group whose scale is `scale`: half a step, and one
-/// step more at the positive end, where the integer 8 is missing.
+/// step more at the positive end, where the integer 8 is missing; and 1/128 of a step for the rounding of the scale.
 #[must_use]
 pub fn error_bound(scale: f32) -> f64 {
-    f64::from(scale).abs()
+    f64::from(scale).abs() * (1.0 + 1.0 / 128.0)
+}
+
+/// The scale under which `most` becomes the integer -8: their quotient as binary16, or the next greater one where that
+/// was rounded so far down, among the subnormals, that `most` would lie beyond -8.
+fn scale_for(most: f32) -> F16 {
+    let scale = F16::from_f32(most / -8.0);
+    if most != 0.0 && most / scale.to_f32() < -8.0 - 1.0 / 128.0 { F16::from_bits(scale.to_bits() + 1) } else { scale }
 }
 
 /// Packs every row of `source` into `codes` (`[rows, Int4::codes(dim)]`), and says how much was lost.
@@ -42,7 +49,7 @@ where
                 let format = <Int4<G> as Element>::FORMAT;
                 return Err(PackError::OutOfRange { row: id as usize, column, value: most, format });
             }
-            let scale = F16::from_f32(most / -8.0);
+            let scale = scale_for(most);
             let [low, high] = scale.to_le_bytes();
             (group[0], group[1]) = (Int4(low), Int4(high));
             let scale = scale.to_f32();
@@ -134,6 +141,20 @@ mod tests {
         let (codes, report) = packed::<64>(&[0.0; 5], 5);
         assert_eq!(DenseRows::new(&codes, 5).row(0).value::<f32>(3), 0.0);
         assert_eq!(report.relative_rms, 0.0);
+    }
+
+    /// Found by fuzzing (`quantize`): the scale of such groups became zero, or half of what they need.
+    #[test]
+    fn tiny_groups_stay_in_their_bound() {
+        for most in [1.0587912e-22f32, -1e-40, 2e-7, -7.1e-7, 1.3e-6, -6.1e-5, 0.0] {
+            let values = [most, most / -1.01, most * 0.3];
+            let (codes, _) = packed::<32>(&values, 3);
+            let bound = error_bound(Int4::scale(&codes));
+            for (i, &x) in values.iter().enumerate() {
+                let error = (DenseRows::new(&codes, 3).row(0).value::<f64>(i) - f64::from(x)).abs();
+                assert!(error <= bound, "{x:e} is off by {error:e}, bound {bound:e}");
+            }
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ use memlayer_core::storage::{RowId, RowStore};
 /// sub-key moves by at most `|q| · worst_row_norm`, and that of a slot by the sum over its parts. Slots whose scores
 /// are nearer than that may change places; [`kept_share`] counts how many did.
 #[derive(Clone, Copy, Debug, PartialEq, Default)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct PackReport {
     /// Rows compared.
     pub rows: usize,
@@ -28,6 +29,7 @@ pub struct PackReport {
 
 /// Error that a use of packed rows can bear. The default bears any.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct Budget {
     /// Of [`PackReport::relative_rms`].
     pub relative_rms: f64,
@@ -45,6 +47,7 @@ impl Default for Budget {
 
 /// A [`PackReport`] that is over its [`Budget`].
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct OverBudget {
     /// The field.
     pub field: &'static str,

@@ -11,6 +11,7 @@ use crate::report::{Meter, PackReport};
 
 /// Why rows cannot be packed.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 #[non_exhaustive]
 pub enum PackError {
     /// A value is infinite or not a number.

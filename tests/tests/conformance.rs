@@ -18,3 +18,6 @@ memlayer_tests::conformance!(avx2_7, || cpu(Isa::Avx2, 7));
 memlayer_tests::conformance!(avx512_1, || cpu(Isa::Avx512, 1));
 memlayer_tests::conformance!(avx512_2, || cpu(Isa::Avx512, 2));
 memlayer_tests::conformance!(avx512_7, || cpu(Isa::Avx512, 7));
+memlayer_tests::conformance!(neon_1, || cpu(Isa::Neon, 1));
+memlayer_tests::conformance!(neon_2, || cpu(Isa::Neon, 2));
+memlayer_tests::conformance!(neon_7, || cpu(Isa::Neon, 7));

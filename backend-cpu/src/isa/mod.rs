@@ -2,14 +2,15 @@
 //! kernels written over them. It is the only place with vector intrinsics.
 //!
 //! An operation dispatches once per piece of work ([`dispatch!`]); everything below is generic over [`Simd`] and
-//! inlined into a function compiled for that instruction set. NEON will be one more file beside `avx2.rs`, one more
-//! variant of [`Isa`] and of [`Token`]; until then other machines run [`Lanes`], which is portable.
+//! inlined into a function compiled for that instruction set. Other machines run [`Lanes`], which is portable.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod lanes;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 pub(crate) mod product;
 pub(crate) mod rows;
 
@@ -22,6 +23,8 @@ pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 pub(crate) use lanes::Lanes;
 use memlayer_core::Element;
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::Neon;
 
 /// An instruction set this backend has kernels for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -33,23 +36,26 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ and VL (x86-64-v4).
     Avx512,
+    /// NEON (64-bit Arm).
+    Neon,
 }
 
 impl Isa {
-    const ALL: [Self; 3] = [Self::Avx512, Self::Avx2, Self::Scalar];
+    const ALL: [Self; 4] = [Self::Avx512, Self::Avx2, Self::Neon, Self::Scalar];
 
     /// The instruction sets of this machine, best first.
     pub fn available() -> impl Iterator<Item = Self> {
         Self::ALL.into_iter().filter(|isa| Token::new(*isa).is_some())
     }
 
-    /// The name: `scalar`, `avx2` or `avx512`.
+    /// The name: `scalar`, `avx2`, `avx512` or `neon`.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Neon => "neon",
         }
     }
 }
@@ -66,7 +72,7 @@ pub struct UnknownIsa;
 
 impl fmt::Display for UnknownIsa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("no instruction set of this name: scalar, avx2 and avx512 are")
+        f.write_str("no instruction set of this name: scalar, avx2, avx512 and neon are")
     }
 }
 
@@ -87,6 +93,8 @@ pub(crate) enum Token {
     Avx2(Avx2),
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon),
 }
 
 impl Token {
@@ -98,7 +106,9 @@ impl Token {
             Isa::Avx2 => Avx2::new().map(Self::Avx2),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => Avx512::new().map(Self::Avx512),
-            #[cfg(not(target_arch = "x86_64"))]
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => Neon::new().map(Self::Neon),
+            // Those of other architectures.
             _ => None,
         }
     }
@@ -121,6 +131,12 @@ macro_rules! dispatch {
             ),
             #[cfg(target_arch = "x86_64")]
             $crate::isa::Token::Avx512($s) => $crate::isa::Simd::vectorize(
+                $s,
+                #[inline(always)]
+                || $body,
+            ),
+            #[cfg(target_arch = "aarch64")]
+            $crate::isa::Token::Neon($s) => $crate::isa::Simd::vectorize(
                 $s,
                 #[inline(always)]
                 || $body,

@@ -23,6 +23,10 @@ impl<T: RowStore + Sync> EmbeddingBag<T> for Cpu {
         let (dim, bag) = (table.dim(), args.bag);
         let tokens = args.check(dim)?;
         check_ids("bag_sum", args.ids, table.rows())?;
+        // Without tokens a bag may have any size, also one that no product holds.
+        if tokens == 0 {
+            return Ok(());
+        }
         let cost = bag * row_cost(dim);
         let piece = piece(tokens, cost);
         let pieces = args.out.chunks_mut((piece * dim).max(1)).enumerate();
@@ -43,6 +47,9 @@ impl<T: RowStore + Sync> EmbeddingBag<T> for Cpu {
         let (dim, bag) = (table.dim(), args.bag);
         let tokens = args.check(dim)?;
         check_ids("bag_dot", args.ids, table.rows())?;
+        if tokens == 0 {
+            return Ok(());
+        }
         let cost = bag * row_cost(dim);
         let piece = piece(tokens, cost);
         let pieces = args.out.chunks_mut(piece * bag).enumerate();

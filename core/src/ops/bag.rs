@@ -1,7 +1,7 @@
 //! Weighted sums over the rows of a table, and their dots with a vector.
 
 use crate::device::Device;
-use crate::error::{ArgError, check_len};
+use crate::error::{ArgError, check_len, product};
 use crate::storage::Table;
 
 /// The arguments of [`EmbeddingBag::bag_sum`].
@@ -47,7 +47,7 @@ impl<D: Device> BagSum<'_, D> {
         const OP: &str = "bag_sum";
         let tokens = tokens(OP, self.bag, D::len(self.ids))?;
         check_len(OP, "weights", D::len(self.ids), D::len(self.weights))?;
-        check_len(OP, "out", tokens * dim, D::len_mut(&self.out))?;
+        check_len(OP, "out", product(&[tokens, dim]), D::len_mut(&self.out))?;
         Ok(tokens)
     }
 }
@@ -60,7 +60,7 @@ impl<D: Device> BagDot<'_, D> {
     pub fn check(&self, dim: usize) -> Result<usize, ArgError> {
         const OP: &str = "bag_dot";
         let tokens = tokens(OP, self.bag, D::len(self.ids))?;
-        check_len(OP, "vectors", tokens * dim, D::len(self.vectors))?;
+        check_len(OP, "vectors", product(&[tokens, dim]), D::len(self.vectors))?;
         check_len(OP, "out", D::len(self.ids), D::len_mut(&self.out))?;
         Ok(tokens)
     }

@@ -1,7 +1,7 @@
 //! The dense rest: projections, norms and gates. A host framework may bring its own.
 
 use crate::device::Device;
-use crate::error::{ArgError, check_len};
+use crate::error::{ArgError, check_len, product};
 
 /// The arguments of [`Dense::linear`].
 pub struct Linear<'a, D: Device> {
@@ -61,7 +61,7 @@ fn linear_dims(op: &'static str, tokens: usize, x: usize, weight: usize, out: us
         }
     }
     let (inputs, outputs) = (x / tokens, out / tokens);
-    check_len(op, "weight", inputs * outputs, weight)?;
+    check_len(op, "weight", product(&[inputs, outputs]), weight)?;
     Ok(LinearDims { tokens, inputs, outputs })
 }
 
@@ -192,8 +192,8 @@ fn check_norm(op: &'static str, dims: &NormDims, x: usize, gain: usize) -> Resul
     if dims.groups == 0 || dims.repeat == 0 || dims.dim == 0 {
         return Err(ArgError::Size { op, operand: "groups, repeat or dim", found: 0, multiple_of: 1 });
     }
-    check_len(op, "x", dims.rows * dims.dim, x)?;
-    check_len(op, "gain", dims.groups * dims.dim, gain)
+    check_len(op, "x", product(&[dims.rows, dims.dim]), x)?;
+    check_len(op, "gain", product(&[dims.groups, dims.dim]), gain)
 }
 
 /// The arguments of the gates: `out` is `y` times a function of `gate`.

@@ -1,7 +1,7 @@
 //! The sparse gradient of a table: which rows a call touched, by which entries, and the sums over them.
 
 use crate::device::{Device, Scratch, ScratchReq};
-use crate::error::{ArgError, check_len};
+use crate::error::{ArgError, check_len, product};
 
 /// Entries of one row that are summed in one go; longer rows are sums of such chunks, in order.
 ///
@@ -133,7 +133,7 @@ impl<D: Device> RowGradient<'_, D> {
             return Err(ArgError::Size { op, operand: "entries", found: entries, multiple_of: self.bag });
         }
         check_len(op, "weights", entries, D::len(self.weights))?;
-        check_len(op, "sources", entries / self.bag * self.dim, D::len(self.sources))
+        check_len(op, "sources", product(&[entries / self.bag, self.dim]), D::len(self.sources))
     }
 }
 

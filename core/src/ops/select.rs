@@ -5,7 +5,7 @@ use core::cmp::Ordering;
 use crate::config::Config;
 use crate::device::{Device, Scratch, ScratchReq};
 use crate::element::Real;
-use crate::error::{ArgError, check_len};
+use crate::error::{ArgError, check_len, product};
 use crate::storage::Table;
 
 /// The sizes of a selection.
@@ -41,22 +41,22 @@ impl SelectDims {
     /// `T·H·P·C`.
     #[must_use]
     pub const fn queries_len(&self) -> usize {
-        self.tokens * self.heads * self.parts * self.half_dim
+        product(&[self.tokens, self.heads, self.parts, self.half_dim])
     }
     /// `H·P·N`.
     #[must_use]
     pub const fn key_rows(&self) -> usize {
-        self.heads * self.parts * self.sub_keys
+        product(&[self.heads, self.parts, self.sub_keys])
     }
     /// `T·H·K`.
     #[must_use]
     pub const fn bags_len(&self) -> usize {
-        self.tokens * self.heads * self.top_k
+        product(&[self.tokens, self.heads, self.top_k])
     }
     /// `T·H·P·K`: entries of the gradient of the keys.
     #[must_use]
     pub const fn key_entries(&self) -> usize {
-        self.bags_len() * self.parts
+        self.bags_len().saturating_mul(self.parts)
     }
     /// The key-table row of sub-key `n` of part `p` of head `h`.
     #[inline(always)]
@@ -82,12 +82,18 @@ impl SelectDims {
         if self.top_k > self.sub_keys || self.top_k == 0 {
             return Err(ArgError::Shape { op, operand: "top_k", expected: self.sub_keys, found: self.top_k });
         }
+        // Then every size below is bounded by what the key table has: none is so large that a product of it wraps.
+        if self.heads == 0 {
+            return Err(ArgError::Size { op, operand: "heads", found: 0, multiple_of: 1 });
+        }
         if self.parts != 1 && self.parts != 2 {
             return Err(ArgError::Shape { op, operand: "parts", expected: 2, found: self.parts });
         }
         // Ids have 32 bits: N² slots want N <= 2^16.
-        if self.parts == 2 && self.sub_keys > 1 << 16 {
-            return Err(ArgError::Shape { op, operand: "sub_keys", expected: 1 << 16, found: self.sub_keys });
+        let most = if self.parts == 2 { 1 << 16 } else { 1u64 << 32 };
+        if self.sub_keys as u64 > most {
+            let expected = usize::try_from(most).unwrap_or(usize::MAX);
+            return Err(ArgError::Shape { op, operand: "sub_keys", expected, found: self.sub_keys });
         }
         check_len(op, "rows of keys", self.key_rows(), keys.rows())?;
         check_len(op, "width of keys", self.half_dim, keys.dim())
@@ -162,7 +168,7 @@ impl<D: Device, K: Table> SelectBackward<'_, D, K> {
             check_len(OP, "dqueries", self.dims.queries_len(), D::len_mut(dqueries))?;
         }
         if let Some(dkeys) = &self.dkeys {
-            check_len(OP, "dkeys", self.dims.key_rows() * self.dims.half_dim, D::len_mut(dkeys))?;
+            check_len(OP, "dkeys", product(&[self.dims.key_rows(), self.dims.half_dim]), D::len_mut(dkeys))?;
         }
         Ok(())
     }
@@ -216,18 +222,15 @@ impl<'a, F: Real> Best<'a, F> {
     /// Takes `(score, id)` in if it is among the best.
     #[inline]
     pub fn offer(&mut self, score: F, id: u32) {
-        let mut at = self.len;
-        while at > 0 && score_order(score, self.scores[at - 1]) == Ordering::Less {
-            at -= 1;
-        }
-        if at == self.scores.len() {
-            return;
+        let mut filled = self.scores.iter().take(self.len);
+        let at = filled.rposition(|&s| score_order(score, s) != Ordering::Less).map_or(0, |last| last + 1);
+        // It takes the place of the first that is worse, which takes that of the next.
+        let (mut score, mut id, moved) = (score, id, self.len - at + 1);
+        for (s, i) in self.scores.iter_mut().zip(self.ids.iter_mut()).skip(at).take(moved) {
+            core::mem::swap(&mut score, s);
+            core::mem::swap(&mut id, i);
         }
         self.len = (self.len + 1).min(self.scores.len());
-        self.scores.copy_within(at..self.len - 1, at + 1);
-        self.ids.copy_within(at..self.len - 1, at + 1);
-        self.scores[at] = score;
-        self.ids[at] = id;
     }
 }
 
@@ -237,19 +240,20 @@ impl<'a, F: Real> Best<'a, F> {
 /// They can win only against the other half's positive infinity, where the sum is NaN and so counts as greatest; for
 /// finite scores the best K alone decide. Returns how many of `scores` and `ids` (`2K` places each) are filled.
 pub fn half_candidates<F: Real>(half: &[F], top_k: usize, scores: &mut [F], ids: &mut [u32]) -> usize {
-    let mut best = Best::new(&mut scores[..top_k], &mut ids[..top_k]);
+    let (scores, more_scores) = scores.split_at_mut(top_k.min(scores.len()));
+    let (ids, more_ids) = ids.split_at_mut(top_k.min(ids.len()));
+    let mut best = Best::new(scores, ids);
     for (n, &score) in half.iter().enumerate() {
         best.offer(score, index(n));
     }
-    let mut len = top_k;
     let lowest = -F::INFINITY;
     // Sub-keys of equal score rank by index, and all of negative infinity rank last: those already taken are the
     // first of them.
-    let taken = scores[..top_k].iter().filter(|&&s| s == lowest).count();
+    let taken = scores.iter().filter(|&&s| s == lowest).count();
     let rest = half.iter().enumerate().filter(|&(_, &s)| s == lowest).skip(taken).take(top_k);
-    for (n, &score) in rest {
-        scores[len] = score;
-        ids[len] = index(n);
+    let mut len = top_k;
+    for ((n, &score), (s, i)) in rest.zip(more_scores.iter_mut().zip(more_ids)) {
+        (*s, *i) = (score, index(n));
         len += 1;
     }
     len

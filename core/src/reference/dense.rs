@@ -3,21 +3,21 @@
 use crate::element::Real;
 use crate::error::ArgError;
 use crate::ops::dense::{Dense, Gate, GateBackward, Linear, LinearBackward, NORM_EPS, RmsNorm, RmsNormBackward};
-use crate::reference::Reference;
+use crate::reference::{Reference, rows, rows_mut};
 
 impl<F: Real> Dense for Reference<F> {
     fn linear(&self, args: Linear<'_, Self>) -> Result<(), ArgError> {
         let dims = args.check()?;
-        for t in 0..dims.tokens {
-            for o in 0..dims.outputs {
+        for (x, out) in rows(args.x, dims.inputs).zip(rows_mut(args.out, dims.outputs)) {
+            for (o, (weight, out)) in rows(args.weight, dims.inputs).zip(out).enumerate() {
                 let mut sum = F::zero();
-                for i in 0..dims.inputs {
-                    sum += args.x[t * dims.inputs + i] * args.weight[o * dims.inputs + i];
+                for (&x, &w) in x.iter().zip(weight) {
+                    sum += x * w;
                 }
-                if let Some(bias) = args.bias {
-                    sum += bias[o];
+                if let Some(&bias) = args.bias.and_then(|bias| bias.get(o)) {
+                    sum += bias;
                 }
-                args.out[t * dims.outputs + o] = sum;
+                *out = sum;
             }
         }
         Ok(())
@@ -62,12 +62,12 @@ impl<F: Real> Dense for Reference<F> {
     fn rms_norm(&self, args: RmsNorm<'_, Self>) -> Result<(), ArgError> {
         args.check()?;
         let dim = args.dims.dim;
-        for r in 0..args.dims.rows {
-            let x = &args.x[r * dim..(r + 1) * dim];
-            let gain = &args.gain[args.dims.group(r) * dim..][..dim];
+        for (r, (x, out)) in rows(args.x, dim).zip(rows_mut(args.out, dim)).enumerate() {
+            // One gain; an iterator of it, so that there is nothing to fail.
+            let gains = rows(args.gain, dim).skip(args.dims.group(r)).take(1).flatten();
             let inverse = inverse_rms(x);
-            for c in 0..dim {
-                args.out[r * dim + c] = x[c] * inverse * gain[c];
+            for ((out, &x), &gain) in out.iter_mut().zip(x).zip(gains) {
+                *out = x * inverse * gain;
             }
         }
         Ok(())
@@ -123,8 +123,10 @@ impl<F: Real> Dense for Reference<F> {
 
     fn sigmoid_gate(&self, args: Gate<'_, Self>) -> Result<(), ArgError> {
         let width = args.check("sigmoid_gate", true)?;
-        for (i, (out, &y)) in args.out.iter_mut().zip(args.y).enumerate() {
-            *out = y * sigmoid(args.gate[i / width]);
+        for ((out, y), &g) in rows_mut(args.out, width).zip(rows(args.y, width)).zip(args.gate) {
+            for (out, &y) in out.iter_mut().zip(y) {
+                *out = y * sigmoid(g);
+            }
         }
         Ok(())
     }

@@ -26,6 +26,16 @@ impl<F: Real> Reference<F> {
     }
 }
 
+/// `items` in rows of `width`; no rows of nothing.
+fn rows<T>(items: &[T], width: usize) -> core::slice::ChunksExact<'_, T> {
+    items.chunks_exact(width.max(1))
+}
+
+/// As [`rows`], to be written.
+fn rows_mut<T>(items: &mut [T], width: usize) -> core::slice::ChunksExactMut<'_, T> {
+    items.chunks_exact_mut(width.max(1))
+}
+
 impl<F: Real> Host for Reference<F> {
     type Scalar = F;
     fn name(&self) -> &str {

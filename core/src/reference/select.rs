@@ -1,35 +1,50 @@
 //! Selection by scoring every sub-key and trying every pair of candidates.
 
+use crate::config::Config;
 use crate::device::{Scratch, ScratchReq};
 use crate::element::Real;
 use crate::error::{ArgError, check_ids};
 use crate::ops::plan::{PlanBuffers, RowGradient, RowReduce};
 use crate::ops::select::{Best, Select, SelectBackward, SelectDims, SelectRows, best_pairs, half_candidates, softmax};
-use crate::reference::Reference;
 use crate::reference::plan::row_sum;
+use crate::reference::{Reference, rows, rows_mut};
 use crate::storage::RowStore;
+
+impl<F: Real> Reference<F> {
+    /// What [`crate::layer::forward_scratch`] says for this device, also in `const` contexts: a `static` for firmware.
+    /// It does not depend on the number of tokens.
+    #[must_use]
+    pub const fn forward_scratch(config: &Config) -> ScratchReq {
+        scratch_req(config.sub_keys(), config.top_k())
+    }
+}
+
+/// The scores of a half, and the candidates of both.
+const fn scratch_req(sub_keys: usize, top_k: usize) -> ScratchReq {
+    ScratchReq::new(sub_keys, 0).and(ScratchReq::new(4, 4).times(top_k))
+}
 
 impl<F: Real, K: RowStore> SelectRows<K> for Reference<F> {
     fn select_scratch(&self, dims: SelectDims) -> ScratchReq {
-        ScratchReq::new(dims.sub_keys + 4 * dims.top_k, 4 * dims.top_k)
+        scratch_req(dims.sub_keys, dims.top_k)
     }
 
     fn select(&self, args: Select<'_, Self, K>, scratch: Scratch<'_, Self>) -> Result<(), ArgError> {
         args.check()?;
         let dims = args.dims;
         scratch.check("select", SelectRows::<K>::select_scratch(self, dims))?;
-        let (half, reals) = scratch.reals.split_at_mut(dims.sub_keys);
-        let (first, reals) = reals.split_at_mut(2 * dims.top_k);
-        let second = &mut reals[..2 * dims.top_k];
-        let (first_ids, ids) = scratch.ids.split_at_mut(2 * dims.top_k);
-        let second_ids = &mut ids[..2 * dims.top_k];
+        let k = dims.top_k;
+        let (half, scratch) = scratch.take_reals(dims.sub_keys);
+        let (first, scratch) = scratch.take_reals(2 * k);
+        let (second, scratch) = scratch.take_reals(2 * k);
+        let (first_ids, scratch) = scratch.take_ids(2 * k);
+        let (second_ids, _) = scratch.take_ids(2 * k);
 
-        let (heads, k, c) = (dims.heads, dims.top_k, dims.half_dim);
-        for th in 0..dims.tokens * heads {
-            let query = &args.queries[th * dims.parts * c..(th + 1) * dims.parts * c];
-            let bag = th * k..(th + 1) * k;
-            let (scores, ids) = (&mut args.scores[bag.clone()], &mut args.ids[bag.clone()]);
-            score_half(&dims, args.keys, th % heads, 0, &query[..c], half);
+        let bags = rows_mut(args.ids, k).zip(rows_mut(args.scores, k)).zip(rows_mut(args.weights, k));
+        let queries = rows(args.queries, dims.parts * dims.half_dim);
+        for (h, (query, ((ids, scores), weights))) in (0..dims.heads).cycle().zip(queries.zip(bags)) {
+            let (query, other) = query.split_at(dims.half_dim.min(query.len()));
+            score_half(&dims, args.keys, h, 0, query, half);
             if dims.parts == 1 {
                 let mut best = Best::new(scores, ids);
                 for (n, &score) in (0u32..).zip(half.iter()) {
@@ -37,12 +52,11 @@ impl<F: Real, K: RowStore> SelectRows<K> for Reference<F> {
                 }
             } else {
                 let a = half_candidates(half, k, first, first_ids);
-                score_half(&dims, args.keys, th % heads, 1, &query[c..], half);
+                score_half(&dims, args.keys, h, 1, other, half);
                 let b = half_candidates(half, k, second, second_ids);
-                let (a, b) = ((&first[..a], &first_ids[..a]), (&second[..b], &second_ids[..b]));
-                best_pairs(a, b, dims.sub_keys, scores, ids);
+                best_pairs(filled(first, first_ids, a), filled(second, second_ids, b), dims.sub_keys, scores, ids);
             }
-            softmax(&args.scores[bag.clone()], &mut args.weights[bag]);
+            softmax(scores, weights);
         }
         Ok(())
     }
@@ -102,6 +116,11 @@ impl<F: Real, K: RowStore> SelectRows<K> for Reference<F> {
         }
         Ok(())
     }
+}
+
+/// The first `len` candidates.
+fn filled<'a, F>(scores: &'a [F], ids: &'a [u32], len: usize) -> (&'a [F], &'a [u32]) {
+    (scores.get(..len).unwrap_or_default(), ids.get(..len).unwrap_or_default())
 }
 
 /// The key-table row of part `p` of slot `id`, read by token and head `th`.

@@ -66,6 +66,17 @@ fn all(folder: &Path) -> Result<Vec<Saved>> {
     Ok(found)
 }
 
+/// Removes what a killed process left: nobody else writes here while this one has the lock.
+pub(super) fn clear(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder).map_err(|e| LmError::io(folder, e))? {
+        let path = entry.map_err(|e| LmError::io(folder, e))?.path();
+        if path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with("unfinished-")) {
+            fs::remove_dir_all(&path).map_err(|e| LmError::io(&path, e))?;
+        }
+    }
+    Ok(())
+}
+
 /// `f32` values as a safetensors view.
 struct Values<'a> {
     shape: Vec<usize>,

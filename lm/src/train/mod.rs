@@ -194,6 +194,7 @@ impl Trainer {
         cpu: &Arc<Cpu>,
     ) -> Result<(Self, Lock)> {
         let lock = Lock::take(folder)?;
+        checkpoint::clear(folder)?;
         let mut trainer = Self::new(model, config, data, tokenizer, cpu)?;
         if let Some(saved) = latest(folder)? {
             trainer.restore(&saved)?;

@@ -10,6 +10,7 @@ use super::{IN_PLACE_ALIGN, VERSION};
 
 /// A part of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub enum Part {
     /// The first 64 bytes.
     Header,
@@ -31,6 +32,7 @@ impl fmt::Display for Part {
 
 /// Why bytes are no image, or an image does not hold what was asked for.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 #[non_exhaustive]
 pub enum ImageError {
     /// Images are little-endian and read in place; this machine is neither.

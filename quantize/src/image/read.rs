@@ -82,7 +82,7 @@ impl<'a> Image<'a> {
         let mut at = HEADER_LEN as u64;
         for (i, entry) in self.table.iter().enumerate() {
             let (section, place) = decode_entry(entry, at)?;
-            if self.table[..i].iter().any(|other| other.starts_with(section.name.field())) {
+            if self.table.iter().take(i).any(|other| other.starts_with(section.name.field())) {
                 return Err(LayoutError::Duplicate { section: section.name }.into());
             }
             at = place.end;
@@ -291,7 +291,8 @@ impl<'a> Entry<'a> {
     fn check_scales(&self, scales: &[u8], per_row: u64) -> Result<(), ImageError> {
         for (i, &value) in (0..).zip(items::<f32>(scales)) {
             if !value.is_finite() {
-                return Err(ImageError::Scale { section: self.section.name, row: i / per_row, value });
+                let row = u64::checked_div(i, per_row).unwrap_or(0);
+                return Err(ImageError::Scale { section: self.section.name, row, value });
             }
         }
         Ok(())

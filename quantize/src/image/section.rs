@@ -81,6 +81,13 @@ impl fmt::Debug for Name {
     }
 }
 
+#[cfg(feature = "defmt")]
+impl defmt::Format for Name {
+    fn format(&self, f: defmt::Formatter<'_>) {
+        defmt::write!(f, "{=str}", self.as_str());
+    }
+}
+
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
@@ -89,6 +96,7 @@ impl fmt::Display for Name {
 
 /// What a section holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub enum Content {
     /// Packed rows: codes, and a scale for each `group` values of a row.
     Rows {
@@ -197,6 +205,7 @@ impl Content {
 
 /// A section to be written: its name and what it will hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct Section {
     pub(super) name: Name,
     pub(super) content: Content,
@@ -318,6 +327,7 @@ pub fn encoded_len(sections: &[Section]) -> Result<u64, LayoutError> {
 
 /// Why there can be no such image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 #[non_exhaustive]
 pub enum LayoutError {
     /// A name is empty, longer than 64 bytes, not UTF-8, or has control characters.

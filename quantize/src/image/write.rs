@@ -30,6 +30,7 @@ pub trait Sink {
 
 /// A buffer is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct Full {
     /// Bytes that did not fit.
     pub missing: usize,
@@ -61,6 +62,7 @@ impl Sink for &mut [u8] {
 
 /// Why an image cannot be written.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 #[non_exhaustive]
 pub enum WriteError<E> {
     /// Codes are written as they lie, which needs a little-endian machine.

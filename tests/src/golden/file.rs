@@ -56,10 +56,21 @@ impl GoldenFile {
     /// # Errors
     /// [`GoldenError`].
     pub fn open(path: &Path) -> Result<Self, GoldenError> {
-        let bytes = std::fs::read(path).map_err(|e| GoldenError::new(path, Problem::Read(e)))?;
+        Self::new(path, std::fs::read(path).map_err(|e| GoldenError::new(path, Problem::Read(e)))?)
+    }
+
+    /// A file that is in memory already; `path` is what errors call it.
+    ///
+    /// # Errors
+    /// [`GoldenError`] if its header is wrong.
+    pub fn new(path: &Path, bytes: Vec<u8>) -> Result<Self, GoldenError> {
         let file = Self { path: path.to_owned(), bytes };
         SafeTensors::deserialize(&file.bytes).map_err(|e| file.error(Problem::Format(e)))?;
         Ok(file)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 
     pub(super) fn error(&self, problem: Problem) -> GoldenError {

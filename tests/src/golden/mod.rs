@@ -79,16 +79,23 @@ impl Outcome {
 /// # Errors
 /// [`GoldenError`] if the file cannot be read or is none of the golden formats; it names the file and the tensor.
 pub fn check_file(path: &Path, cpus: &[Cpu]) -> Result<Vec<Outcome>, GoldenError> {
-    let file = GoldenFile::open(path)?;
+    check(&GoldenFile::open(path)?, cpus)
+}
+
+/// As [`check_file`], of a file that is open.
+///
+/// # Errors
+/// [`GoldenError`] if it is none of the golden formats; it names the file and the tensor.
+pub fn check(file: &GoldenFile, cpus: &[Cpu]) -> Result<Vec<Outcome>, GoldenError> {
     let outcome = |backend: &str, tensors, indices_agree| Outcome {
-        file: path.to_owned(),
+        file: file.path().to_owned(),
         backend: backend.to_owned(),
         tensors,
         indices_agree,
     };
     let mut outcomes = Vec::new();
     if file.has("grad_output") {
-        let layer = layer::LayerFile::read(&file)?;
+        let layer = layer::LayerFile::read(file)?;
         let mut push = |name: &str, (tensors, agree)| outcomes.push(outcome(name, tensors, Some(agree)));
         push("reference f64", layer.run(&Reference::<f64>::new(), BOUND_F64)?);
         push("reference f32", layer.run(&Reference::<f32>::new(), BOUND_F32)?);
@@ -96,16 +103,16 @@ pub fn check_file(path: &Path, cpus: &[Cpu]) -> Result<Vec<Outcome>, GoldenError
             push(memlayer_core::Host::name(cpu), layer.run(cpu, BOUND_F32)?);
         }
     } else if file.has("step0.rows") {
-        let optim = optim::OptimFile::read(&file)?;
+        let optim = optim::OptimFile::read(file)?;
         outcomes.push(outcome("reference f64", optim.run(&Reference::<f64>::new(), BOUND_F64)?, None));
         outcomes.push(outcome("reference f32", optim.run(&Reference::<f32>::new(), BOUND_F32)?, None));
         for cpu in cpus {
             outcomes.push(outcome(memlayer_core::Host::name(cpu), optim.run(cpu, BOUND_F32)?, None));
         }
     } else if file.has("fbgemm_byte_rowwise") {
-        outcomes.push(outcome("quantize", formats::check(&file)?, None));
+        outcomes.push(outcome("quantize", formats::check(file)?, None));
     } else if file.has("counted") {
-        outcomes.push(outcome("core", health::check(&file)?, None));
+        outcomes.push(outcome("core", health::check(file)?, None));
     } else {
         return Err(file.error(file::Problem::NotGolden));
     }

@@ -1,0 +1,39 @@
+//! Where the program and its memory lie, and the images it is linked with: the model, and what the host made of it.
+
+#[allow(dead_code, reason = "the bound is for the firmware")]
+#[path = "../src/model.rs"]
+mod model;
+mod record;
+
+use std::path::{Path, PathBuf};
+
+type Done<T> = Result<T, Box<dyn core::error::Error>>;
+
+/// The boards are QEMU's MPS2 with the FPGA images AN386 (Cortex-M4F) and AN505 (Cortex-M33). They have 4 MiB each; a
+/// part of 2 MiB of flash and 128 KiB of memory is enough.
+fn memory(target: &str) -> (&'static str, &'static str) {
+    if target.starts_with("thumbv8m") { ("0x10000000", "0x38000000") } else { ("0x00000000", "0x20000000") }
+}
+
+fn main() -> Done<()> {
+    let out = PathBuf::from(std::env::var("OUT_DIR")?);
+    let (flash, ram) = memory(&std::env::var("TARGET")?);
+    std::fs::write(
+        Path::join(&out, "memory.x"),
+        format!("MEMORY {{\n  FLASH : ORIGIN = {flash}, LENGTH = 2M\n  RAM : ORIGIN = {ram}, LENGTH = 128K\n}}\n"),
+    )?;
+    println!("cargo:rustc-link-search={}", out.display());
+    println!("cargo:rustc-link-arg-bins=-Tlink.x");
+    println!("cargo:rustc-link-arg-bins=--nmagic");
+    if std::env::var_os("CARGO_FEATURE_DEFMT").is_some() {
+        println!("cargo:rustc-link-arg-bins=-Tdefmt.x");
+    }
+    println!("cargo:rerun-if-changed=build");
+    println!("cargo:rerun-if-changed=src/model.rs");
+
+    let model = record::model()?;
+    let recorded = record::recorded(&model)?;
+    std::fs::write(Path::join(&out, "model.image"), &model)?;
+    std::fs::write(Path::join(&out, "recorded.image"), recorded)?;
+    Ok(())
+}
