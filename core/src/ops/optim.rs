@@ -184,12 +184,18 @@ pub struct RowwiseAdam {
 /// What the Adam rules multiply by.
 #[derive(Clone, Copy, Debug)]
 pub struct AdamFactors<F> {
-    rate: F,
-    eps: F,
-    beta1: F,
-    beta2: F,
-    one_less_beta1: F,
-    one_less_beta2: F,
+    /// The learning rate, with the corrections of both moments' bias.
+    pub rate: F,
+    /// Keeps the quotient finite.
+    pub eps: F,
+    /// Decay of the first moment.
+    pub beta1: F,
+    /// Decay of the second moment.
+    pub beta2: F,
+    /// `1 - beta1`, rounded once.
+    pub one_less_beta1: F,
+    /// `1 - beta2`, rounded once.
+    pub one_less_beta2: F,
 }
 
 fn adam_factors<F: Real>((beta1, beta2): (f64, f64), eps: f64, step: &Step) -> AdamFactors<F> {

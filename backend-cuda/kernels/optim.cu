@@ -1,0 +1,290 @@
+// Row rules: how touched rows change. RULE says which, ELEM (F32 or BF16) what rows are stored as.
+//
+// Contract. `table.codes` holds `rows` rows of `dim` codes, `table.state` `state_len` floats a row. A block changes a row:
+// its threads own columns, VEC at a time (4 if codes, state, gradients and sources are aligned to that and VEC divides
+// dim). The operations are core's, in their order and unfused, so the bits are the reference's; a mean square is summed in
+// 16 lanes, then the lanes in order. Rules that need one take `dim` floats of dynamic shared memory. Compiled behind
+// sums.cuh.
+//
+// Nothing is changed while the flag is raised: a plan made from an id that is no row must not reach a table. A row of the
+// plan that the table has not raises it and is left out.
+
+#define SGD 0
+#define ADAGRAD 1
+#define ROWWISE_ADAGRAD 2
+#define ADAM 3
+#define ROWWISE_ADAM 4
+#ifndef RULE
+#define RULE SGD
+#endif
+
+#define ROWWISE (RULE == ROWWISE_ADAGRAD || RULE == ROWWISE_ADAM)
+// Floats of state that each value has, apart from what its row has.
+#define STATES (RULE == ADAM ? 2 : RULE == ADAGRAD || RULE == ROWWISE_ADAM ? 1 : 0)
+
+struct Rows {
+    u8* codes;
+    float* state;
+    u64 rows;
+    u32 dim;
+    u32 state_len;
+};
+
+// What all rows of a step share; `count` is mixed already.
+struct Step {
+    float grad_scale;
+    float rate;
+    float eps;
+    float beta1;
+    float beta2;
+    float one_less_beta1;
+    float one_less_beta2;
+    u32 stochastic;
+    u64 seed;
+    u64 count;
+};
+
+template <int VEC> __device__ __forceinline__ void load_codes(const u8* row, u32 column, float (&x)[VEC]) {
+    Raw<VEC * SIZE> raw;
+    const u8* p = row + (u64)column * SIZE;
+    if constexpr (VEC * SIZE == 16) {
+        const uint4 v = *(const uint4*)p;
+        raw.w[0] = v.x, raw.w[1] = v.y, raw.w[2] = v.z, raw.w[3] = v.w;
+    } else if constexpr (VEC * SIZE == 8) {
+        const uint2 v = *(const uint2*)p;
+        raw.w[0] = v.x, raw.w[1] = v.y;
+    } else if constexpr (VEC * SIZE == 4) {
+        raw.w[0] = *(const u32*)p;
+    } else {
+        raw.w[0] = *(const u16*)p;
+    }
+    decode<ELEM, VEC>(raw, x);
+}
+
+// The upper half of a float, rounded to nearest even, or up by chance.
+__device__ __forceinline__ u32 bf16_bits(float x, const Step& step, u64 row_noise, u32 column) {
+    const u32 bits = __float_as_uint(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (bits >> 16) | 0x40u;
+    if (step.stochastic && (bits & 0x7f800000u) != 0x7f800000u) {
+        const u32 noise = (u32)(mix(row_noise + column) >> 32);
+        return (bits + (noise & 0xffffu)) >> 16;
+    }
+    return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+
+template <int VEC>
+__device__ __forceinline__ void store_codes(u8* row, u32 column, const float (&x)[VEC], const Step& step, u64 row_noise) {
+#if ELEM == F32
+    write_floats<VEC>((float*)row + column, true, x);
+#else
+    u32 c[VEC];
+#pragma unroll
+    for (int i = 0; i < VEC; i++) c[i] = bf16_bits(x[i], step, row_noise, column + i);
+    if constexpr (VEC == 4) {
+        *(uint2*)((u16*)row + column) = make_uint2(c[0] | c[1] << 16, c[2] | c[3] << 16);
+    } else {
+        ((u16*)row)[column] = (u16)c[0];
+    }
+#endif
+}
+
+// The state is a row's own: plain loads, for other kernels wrote it.
+template <int VEC> __device__ __forceinline__ void load_state(const float* p, float (&x)[VEC]) {
+    if constexpr (VEC == 4 && !ROWWISE) {
+        const float4 v = *(const float4*)p;
+        x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+    } else {
+#pragma unroll
+        for (int i = 0; i < VEC; i++) x[i] = p[i];
+    }
+}
+
+// Values and state of VEC columns of a row, as they are read and written.
+template <int VEC> struct Columns {
+    float x[VEC];
+    float first[VEC];
+    float second[VEC];
+
+    __device__ __forceinline__ void load(const Rows& table, const u8* row, const float* state, u32 column) {
+        load_codes<VEC>(row, column, x);
+        if (STATES >= 1) load_state<VEC>(state + column, first);
+        if (STATES >= 2) load_state<VEC>(state + table.dim + column, second);
+    }
+    __device__ __forceinline__ void change(const float (&g)[VEC], const Step& step, float row_rate) {
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+#if RULE == SGD
+            x[i] -= step.rate * g[i];
+#elif RULE == ADAGRAD
+            first[i] += g[i] * g[i];
+            x[i] -= step.rate * g[i] / (sqrtf(first[i]) + step.eps);
+#elif RULE == ROWWISE_ADAGRAD
+            x[i] -= row_rate * g[i];
+#elif RULE == ADAM
+            first[i] = step.beta1 * first[i] + step.one_less_beta1 * g[i];
+            second[i] = step.beta2 * second[i] + step.one_less_beta2 * (g[i] * g[i]);
+            x[i] -= step.rate * first[i] / (sqrtf(second[i]) + step.eps);
+#else
+            first[i] = step.beta1 * first[i] + step.one_less_beta1 * g[i];
+            x[i] -= row_rate * first[i];
+#endif
+        }
+    }
+    __device__ __forceinline__ void store(const Rows& table, u8* row, float* state, u32 column, const Step& step,
+                                          u64 row_noise) const {
+        store_codes<VEC>(row, column, x, step, row_noise);
+        if (STATES >= 1) write_floats<VEC>(state + column, !ROWWISE, first);
+        if (STATES >= 2) write_floats<VEC>(state + table.dim + column, true, second);
+    }
+};
+
+#if ROWWISE
+// The rate of a row, from the mean square of its gradient; its state is brought up to date. Called by a whole warp.
+__device__ __forceinline__ float row_rate(const float* grad, u32 dim, float* state, const Step& step) {
+    const u32 lane = threadIdx.x % 32;
+    float sum = 0.0f;
+    if (lane < 16) {
+#pragma unroll 8
+        for (u32 i = lane; i < dim; i += 16) sum += grad[i] * grad[i];
+    }
+    float mean = 0.0f;
+#pragma unroll
+    for (int l = 0; l < 16; l++) mean += __shfl_sync(FULL, sum, l);
+    mean = mean / (float)dim;
+#if RULE == ROWWISE_ADAGRAD
+    const float total = state[0] + mean;
+    float* at = state;
+#else
+    const float total = step.beta2 * state[dim] + step.one_less_beta2 * mean;
+    float* at = state + dim;
+#endif
+    __syncwarp();
+    if (lane == 0) *at = total;
+    return step.rate / (sqrtf(total) + step.eps);
+}
+#endif
+
+// Changes row `id` by the gradient whose columns `gradient(column, g)` gives. The whole block calls it.
+template <int VEC, class G>
+__device__ __forceinline__ void change_row(const Rows& table, const Step& step, u32 id, float* shared, const G& gradient) {
+    u8* row = table.codes + (u64)id * table.dim * SIZE;
+    float* state = table.state + (u64)id * table.state_len;
+    const u64 row_noise = step.stochastic ? mix(step.seed ^ (step.count + id)) : 0;
+    const u32 mine = threadIdx.x * VEC, stride = blockDim.x * VEC;
+    Columns<VEC> columns;
+    // What is changed is read before the entries are looked for: both are far away.
+    if (mine < table.dim) columns.load(table, row, state, mine);
+#if ROWWISE
+    __shared__ float rate;
+    for (u32 column = mine; column < table.dim; column += stride) {
+        float g[VEC];
+        gradient(column, g);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) g[i] *= step.grad_scale;
+        write_floats<VEC>(shared + column, true, g);
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        const float r = row_rate(shared, table.dim, state, step);
+        if (threadIdx.x == 0) rate = r;
+    }
+    __syncthreads();
+    const float common = rate;
+    for (u32 column = mine; column < table.dim; column += stride) {
+        float g[VEC];
+#pragma unroll
+        for (int i = 0; i < VEC; i++) g[i] = shared[column + i];
+        if (column != mine) columns.load(table, row, state, column);
+        columns.change(g, step, common);
+        columns.store(table, row, state, column, step, row_noise);
+    }
+#else
+    for (u32 column = mine; column < table.dim; column += stride) {
+        float g[VEC];
+        gradient(column, g);
+#pragma unroll
+        for (int i = 0; i < VEC; i++) g[i] *= step.grad_scale;
+        if (column != mine) columns.load(table, row, state, column);
+        columns.change(g, step, 0.0f);
+        columns.store(table, row, state, column, step, row_noise);
+    }
+#endif
+}
+
+// Whether the flag is up: the same answer for the whole block, which the barriers behind it need.
+__device__ __forceinline__ bool stopped(const u32* flag) { return __syncthreads_or(threadIdx.x == 0 && flagged(flag)); }
+
+__device__ __forceinline__ bool no_row(u32 id, const Rows& table, u32* flag, u32 op) {
+    if (id < table.rows) return false;
+    if (threadIdx.x == 0) raise_flag(flag, op, id, table.rows);
+    return true;
+}
+
+// By gradients that are there, `[limit, dim]`.
+template <int VEC>
+__device__ __forceinline__ void update(const Rows& table, const Step& step, const Plan& plan, const float* grads,
+                                       u64 limit, float* shared, u32* flag, u32 op) {
+    if (stopped(flag)) return;
+    const u32 unique = plan.count();
+    for (u32 u = blockIdx.x; u < unique; u += gridDim.x) {
+        const u32 id = __ldg(plan.rows + u);
+        if (no_row(id, table, flag, op)) continue;
+        if (u >= limit) {
+            if (threadIdx.x == 0) raise_flag(flag, op, u, limit);
+            continue;
+        }
+        change_row<VEC>(table, step, id, shared, [&](u32 column, float(&g)[VEC]) {
+            read_floats<VEC>(grads + (u64)u * table.dim + column, true, g);
+        });
+    }
+}
+
+// By the sums over the entries of rows of at most CHUNK entries.
+template <int VEC>
+__device__ __forceinline__ void update_short(const Rows& table, const Step& step, const Plan& plan,
+                                             const Gradient& gradient, float* shared, u32* flag, u32 op) {
+    if (stopped(flag)) return;
+    const u32 unique = plan.count();
+    for (u32 u = blockIdx.x; u < unique; u += gridDim.x) {
+        const u32 id = __ldg(plan.rows + u);
+        u32 start, end;
+        plan.range(u, start, end);
+        if (end - start > CHUNK || no_row(id, table, flag, op)) continue;
+        change_row<VEC>(table, step, id, shared, [&](u32 column, float(&g)[VEC]) {
+            gradient.sum<VEC>(plan, start, end, column, g);
+        });
+    }
+}
+
+// By the gradients of long rows, which `reduce_long` left in slots.
+template <int VEC>
+__device__ __forceinline__ void update_long(const Rows& table, const Step& step, const Plan& plan, const float* slots,
+                                            u32 first, float* shared, u32* flag, u32 op) {
+    if (stopped(flag)) return;
+    const u32 u = plan.long_row(first + blockIdx.x);
+    if (u == FULL) return;
+    const u32 id = __ldg(plan.rows + u);
+    if (no_row(id, table, flag, op)) return;
+    change_row<VEC>(table, step, id, shared, [&](u32 column, float(&g)[VEC]) {
+        read_floats<VEC>(slots + (u64)blockIdx.x * table.dim + column, true, g);
+    });
+}
+
+#define UPDATES(VEC)                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(512) update_##VEC(Rows table, Step step, Plan plan,                  \
+                                                                   const float* grads, u64 limit, u32* flag, u32 op) {\
+        extern __shared__ __align__(16) float shared[];                                                               \
+        update<VEC>(table, step, plan, grads, limit, shared, flag, op);                                               \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(512)                                                                 \
+        update_short_##VEC(Rows table, Step step, Plan plan, Gradient gradient, u32* flag, u32 op) {                  \
+        extern __shared__ __align__(16) float shared[];                                                               \
+        update_short<VEC>(table, step, plan, gradient, shared, flag, op);                                             \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(512)                                                                 \
+        update_long_##VEC(Rows table, Step step, Plan plan, const float* slots, u32 first, u32* flag, u32 op) {       \
+        extern __shared__ __align__(16) float shared[];                                                               \
+        update_long<VEC>(table, step, plan, slots, first, shared, flag, op);                                          \
+    }
+UPDATES(1)
+UPDATES(4)

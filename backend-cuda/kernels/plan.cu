@@ -1,0 +1,290 @@
+// The sparse gradient of a table: a stable sort of entries by row, the rows and where each starts, and sums over them.
+//
+// Contract. A plan of `n` entries over a table of `rows` rows is made in three steps for each digit of the row ids
+// (histogram, scan, scatter), least digit first, and two more for the unique rows (heads, write). A tile is TILE entries
+// and belongs to one block of THREADS threads, a warp of it to WARP_ITEMS neighbouring entries. `counts` is
+// `[digits, tiles]`. An id that is no row raises the flag and is planned as row 0.
+//
+// Plans stay on the device: kernels over the rows of a plan are launched for its entries and read how many rows there are.
+// They trust no plan: entries and rows are checked against the lengths of the arrays. Compiled behind sums.cuh.
+
+#define THREADS 256
+#define WARPS (THREADS / 32)
+#define ITEMS 16
+#define TILE (THREADS * ITEMS)
+#define WARP_ITEMS (32 * ITEMS)
+
+extern "C" __global__ void __launch_bounds__(THREADS) plan_histogram(
+    const u32* __restrict__ keys, u32 n, u64 rows, u32 shift, u32 digits, u32* __restrict__ counts, u32 tiles,
+    u32 first_pass, u32* flag, u32 op) {
+    __shared__ u32 histogram[256];
+    histogram[threadIdx.x] = 0;
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        const u32 i = blockIdx.x * TILE + j * THREADS + threadIdx.x;
+        if (i < n) {
+            u32 key = keys[i];
+            if (first_pass) key = checked(key, rows, flag, op);
+            atomicAdd(&histogram[(key >> shift) & (digits - 1)], 1u);
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < digits) counts[threadIdx.x * tiles + blockIdx.x] = histogram[threadIdx.x];
+}
+
+// The sum over the block of `x` of the threads before this one; `total` of all.
+__device__ __forceinline__ u32 scan_block(u32 x, u32* warp_sums, u32& total) {
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u32 sum = x;
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1) {
+        const u32 before = __shfl_up_sync(FULL, sum, o);
+        if (lane >= o) sum += before;
+    }
+    __syncthreads();
+    if (lane == 31) warp_sums[warp] = sum;
+    __syncthreads();
+    u32 base = 0;
+    total = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+        if (w < warp) base += warp_sums[w];
+        total += warp_sums[w];
+    }
+    return base + sum - x;
+}
+
+// One block a digit: its counts become the sums of the tiles before each, `totals` its sum.
+extern "C" __global__ void __launch_bounds__(THREADS) plan_scan(u32* __restrict__ counts, u32 tiles,
+                                                                u32* __restrict__ totals) {
+    __shared__ u32 warp_sums[WARPS];
+    u32* row = counts + blockIdx.x * tiles;
+    u32 before = 0;
+    for (u32 base = 0; base < tiles; base += THREADS) {
+        const u32 i = base + threadIdx.x;
+        u32 total;
+        const u32 sum = scan_block(i < tiles ? row[i] : 0, warp_sums, total);
+        if (i < tiles) row[i] = before + sum;
+        before += total;
+    }
+    if (threadIdx.x == 0) totals[blockIdx.x] = before;
+}
+
+// Puts every entry behind those of smaller digits, of earlier tiles, and of its own tile before it. In the first pass the
+// entries are their own positions.
+extern "C" __global__ void __launch_bounds__(THREADS) plan_scatter(
+    const u32* __restrict__ keys, const u32* __restrict__ entries, u32 n, u64 rows, u32 shift, u32 digits,
+    const u32* __restrict__ counts, const u32* __restrict__ totals, u32 tiles, u32 first_pass,
+    u32* __restrict__ keys_out, u32* __restrict__ entries_out) {
+    __shared__ u32 warp_counts[WARPS][256];
+    __shared__ u32 warp_sums[WARPS];
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) warp_counts[w][threadIdx.x] = 0;
+    __syncthreads();
+
+    const u32 base = blockIdx.x * TILE + warp * WARP_ITEMS + lane;
+    u32 key[ITEMS], rank[ITEMS];
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        const u32 i = base + j * 32;
+        key[j] = i < n ? keys[i] : 0u;
+        if (first_pass && key[j] >= rows) key[j] = 0u;
+    }
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        const bool valid = base + j * 32 < n;
+        const u32 digit = (key[j] >> shift) & (digits - 1);
+        const u32 peers = __match_any_sync(FULL, valid ? digit : FULL);
+        const u32 before = __popc(peers & ((1u << lane) - 1));
+        rank[j] = warp_counts[warp][digit] + before;
+        __syncwarp();
+        if (valid && before == 0) warp_counts[warp][digit] += __popc(peers);
+        __syncwarp();
+    }
+    __syncthreads();
+    u32 all;
+    const u32 digit_start = scan_block(threadIdx.x < digits ? totals[threadIdx.x] : 0u, warp_sums, all);
+    if (threadIdx.x < digits) {
+        u32 start = digit_start + counts[threadIdx.x * tiles + blockIdx.x];
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            const u32 count = warp_counts[w][threadIdx.x];
+            warp_counts[w][threadIdx.x] = start;
+            start += count;
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        const u32 i = base + j * 32;
+        if (i < n) {
+            const u32 to = warp_counts[warp][(key[j] >> shift) & (digits - 1)] + rank[j];
+            keys_out[to] = key[j];
+            entries_out[to] = first_pass ? i : entries[i];
+        }
+    }
+}
+
+// How many rows begin in each tile of the sorted keys.
+extern "C" __global__ void __launch_bounds__(THREADS) plan_heads(const u32* __restrict__ keys, u32 n,
+                                                                 u32* __restrict__ heads) {
+    u32 count = 0;
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        const u32 i = blockIdx.x * TILE + j * THREADS + threadIdx.x;
+        const bool head = i < n && (i == 0 || keys[i - 1] != keys[i]);
+        count += __syncthreads_count(head);
+    }
+    if (threadIdx.x == 0) heads[blockIdx.x] = count;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) plan_write(
+    const u32* __restrict__ keys, u32 n, const u32* __restrict__ heads, u32* __restrict__ unique,
+    u32* __restrict__ rows_out, u32* __restrict__ starts) {
+    __shared__ u32 warp_sums[WARPS];
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u32 sum = 0, before;
+    for (u32 tile = threadIdx.x; tile < blockIdx.x; tile += THREADS) sum += heads[tile];
+    scan_block(sum, warp_sums, before);
+
+    const u32 base = blockIdx.x * TILE + warp * WARP_ITEMS + lane;
+    u32 ballots[ITEMS], warp_heads = 0;
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        const u32 i = base + j * 32;
+        ballots[j] = __ballot_sync(FULL, i < n && (i == 0 || keys[i - 1] != keys[i]));
+        warp_heads += __popc(ballots[j]);
+    }
+    u32 total;
+    const u32 offset = scan_block(lane == 0 ? warp_heads : 0u, warp_sums, total);
+    u32 u = before + __shfl_sync(FULL, offset, 0);
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        const u32 i = base + j * 32;
+        if (ballots[j] >> lane & 1u) {
+            const u32 at = u + __popc(ballots[j] & ((1u << lane) - 1));
+            rows_out[at] = keys[i];
+            starts[at] = i;
+        }
+        u += __popc(ballots[j]);
+    }
+    if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) {
+        *unique = before + total;
+        starts[before + total] = n;
+    }
+}
+
+// The gradients of rows of at most CHUNK entries, a block a row: out[u] (out[rows[u]] if `scatter`). At most `limit`
+// rows fit into `out`.
+template <int VEC>
+__device__ __forceinline__ void reduce_short(const Plan plan, const Gradient gradient, float* __restrict__ out,
+                                             u64 limit, u32 scatter, u32* flag, u32 op) {
+    const u32 unique = plan.count();
+    for (u32 u = blockIdx.x; u < unique; u += gridDim.x) {
+        u32 start, end;
+        plan.range(u, start, end);
+        if (end - start > CHUNK) continue;
+        const u64 to = scatter ? plan.rows[u] : u;
+        if (to >= limit) {
+            if (threadIdx.x == 0) raise_flag(flag, op, (u32)to, limit);
+            continue;
+        }
+        for (u32 column = threadIdx.x * VEC; column < gradient.dim; column += blockDim.x * VEC) {
+            float sum[VEC];
+            gradient.sum<VEC>(plan, start, end, column, sum);
+            write_floats<VEC>(out + to * gradient.dim + column, true, sum);
+        }
+    }
+}
+extern "C" __global__ void __launch_bounds__(512) reduce_short_4(Plan plan, Gradient gradient, float* out, u64 limit,
+                                                                 u32 scatter, u32* flag, u32 op) {
+    reduce_short<4>(plan, gradient, out, limit, scatter, flag, op);
+}
+extern "C" __global__ void __launch_bounds__(512) reduce_short_1(Plan plan, Gradient gradient, float* out, u64 limit,
+                                                                 u32 scatter, u32* flag, u32 op) {
+    reduce_short<1>(plan, gradient, out, limit, scatter, flag, op);
+}
+
+// The gradients of rows of more than CHUNK entries. Such a row holds a position that is a multiple of CHUNK: block
+// (b, slice) looks for the row around position b * CHUNK, and works if it is the first such position of that row. Its
+// warps sum chunks at the same time, and add them in order. `first` is the first b of this launch; if `slots`, a row's
+// gradient is written to out[b - first] instead.
+template <int VEC>
+__device__ __forceinline__ void reduce_long(const Plan plan, const Gradient gradient, float* __restrict__ out, u64 limit,
+                                            u32 scatter, u32 first, u32 slots, u32* flag, u32 op) {
+    __shared__ float partial[HOT_WARPS][32 * VEC];
+    const u32 u = plan.long_row(first + blockIdx.x);
+    if (u == FULL) return;
+    u32 start, end;
+    plan.range(u, start, end);
+    const u64 to = slots ? blockIdx.x : scatter ? plan.rows[u] : u;
+    if (to >= limit) {
+        if (threadIdx.x == 0) raise_flag(flag, op, (u32)to, limit);
+        return;
+    }
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const u32 column = (blockIdx.y * 32 + lane) * VEC;
+    const bool mine = column < gradient.dim;
+    float total[VEC];
+#pragma unroll
+    for (int i = 0; i < VEC; i++) total[i] = 0.0f;
+    for (u32 chunks = start; chunks < end; chunks += HOT_WARPS * CHUNK) {
+        const u32 from = chunks + warp * CHUNK;
+        if (from < end) {
+            float sum[VEC];
+            gradient.warp_sum<VEC>(plan, from, min(from + CHUNK, end), column, mine, sum);
+#pragma unroll
+            for (int i = 0; i < VEC; i++) partial[warp][lane * VEC + i] = sum[i];
+        }
+        __syncthreads();
+        if (warp == 0) {
+            const u32 count = min((end - chunks + CHUNK - 1) / CHUNK, (u32)HOT_WARPS);
+            for (u32 w = 0; w < count; w++) {
+#pragma unroll
+                for (int i = 0; i < VEC; i++) total[i] += partial[w][lane * VEC + i];
+            }
+        }
+        __syncthreads();
+    }
+    if (warp == 0 && mine) write_floats<VEC>(out + to * gradient.dim + column, true, total);
+}
+extern "C" __global__ void __launch_bounds__(HOT_WARPS * 32)
+    reduce_long_4(Plan plan, Gradient gradient, float* out, u64 limit, u32 scatter, u32 first, u32 slots, u32* flag,
+                  u32 op) {
+    reduce_long<4>(plan, gradient, out, limit, scatter, first, slots, flag, op);
+}
+extern "C" __global__ void __launch_bounds__(HOT_WARPS * 32)
+    reduce_long_1(Plan plan, Gradient gradient, float* out, u64 limit, u32 scatter, u32 first, u32 slots, u32* flag,
+                  u32 op) {
+    reduce_long<1>(plan, gradient, out, limit, scatter, first, slots, flag, op);
+}
+
+// The sum of the squares of the first `unique * dim` of `grads`: a sum for each block, then their sum. Horizontal, its
+// order fixed by the launch.
+extern "C" __global__ void __launch_bounds__(THREADS) square_sums(const u32* __restrict__ unique, u32 dim, u64 len,
+                                                                  const float* __restrict__ grads,
+                                                                  float* __restrict__ sums, u32* flag, u32 op) {
+    __shared__ float warp_sums[WARPS];
+    const u64 wanted = (u64)*unique * dim;
+    if (wanted > len && blockIdx.x == 0 && threadIdx.x == 0) raise_flag(flag, op, *unique, len / dim);
+    const u64 end = wanted < len ? wanted : len;
+    float sum = 0.0f;
+    for (u64 i = (u64)blockIdx.x * THREADS + threadIdx.x; i < end; i += (u64)gridDim.x * THREADS)
+        sum = fmaf(grads[i], grads[i], sum);
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (int w = 1; w < WARPS; w++) sum += warp_sums[w];
+        sums[blockIdx.x] = sum;
+    }
+}
+extern "C" __global__ void __launch_bounds__(32) square_total(const float* __restrict__ sums, u32 count,
+                                                              float* __restrict__ out) {
+    float sum = 0.0f;
+    for (u32 i = threadIdx.x; i < count; i += 32) sum += sums[i];
+    sum = warp_sum(sum);
+    if (threadIdx.x == 0) *out = sum;
+}
