@@ -32,7 +32,7 @@ typedef unsigned long long u64;
 
 // Remembers the first row id that is out of range: `flag` is { operation, id, rows, rows >> 32 }. Whoever raises it goes
 // on with a row that exists; the host finds it when it synchronizes.
-__device__ __noinline__ void raise_flag(u32* flag, u32 op, u32 id, u64 rows) {
+__device__ __forceinline__ void raise_flag(u32* flag, u32 op, u32 id, u64 rows) {
     if (atomicCAS(flag, 0u, op) == 0u) {
         flag[1] = id;
         flag[2] = (u32)rows;
@@ -80,7 +80,7 @@ template <int BYTES> __device__ __forceinline__ Raw<BYTES> load_once(const void*
 
 __device__ __forceinline__ float half_to_float(u32 bits) {
     float f;
-    asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 f, h; }" : "=f"(f) : "r"(bits));
+    asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(f) : "r"(bits));
     return f;
 }
 

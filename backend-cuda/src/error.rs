@@ -16,6 +16,8 @@ pub enum CudaError {
     Arg(ArgError),
     /// A library that is loaded at run time is not on this machine.
     Library(&'static str),
+    /// There is no device of this number.
+    NoDevice(usize),
     /// The device is older than this backend supports.
     TooOld {
         /// Its compute capability, major and minor.
@@ -56,6 +58,7 @@ impl fmt::Display for CudaError {
         match self {
             Self::Arg(error) => error.fmt(f),
             Self::Library(name) => write!(f, "{name} is not on this machine (it is loaded at run time)"),
+            Self::NoDevice(ordinal) => write!(f, "there is no CUDA device {ordinal}"),
             Self::TooOld { capability: (major, minor) } => {
                 write!(f, "the device has compute capability {major}.{minor}; 8.0 is needed")
             }

@@ -56,7 +56,12 @@ impl Stream {
     /// The device's primary context and a new stream in it.
     pub(crate) fn open(ordinal: usize) -> Result<Self, CudaError> {
         check_libraries()?;
-        let context = CudaContext::new(ordinal).map_err(driver("cuDevicePrimaryCtxRetain"))?;
+        let context = CudaContext::new(ordinal).map_err(|error| match error.0 {
+            sys::CUresult::CUDA_ERROR_NO_DEVICE | sys::CUresult::CUDA_ERROR_INVALID_DEVICE => {
+                CudaError::NoDevice(ordinal)
+            }
+            _ => driver("cuDevicePrimaryCtxRetain")(error),
+        })?;
         let stream = context.new_stream().map_err(driver("cuStreamCreate"))?;
         Ok(Self { context, stream })
     }
