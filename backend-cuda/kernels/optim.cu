@@ -164,25 +164,22 @@ __device__ __forceinline__ float row_rate(const float* grad, u32 dim, float* sta
 }
 #endif
 
-// Changes row `id` by the gradient whose columns `gradient(column, g)` gives. The whole block calls it.
+// Changes row `id` by the gradient that `gradient(out)` hands out, column by column. The whole block calls it.
 template <int VEC, class G>
 __device__ __forceinline__ void change_row(const Rows& table, const Step& step, u32 id, float* shared, const G& gradient) {
     u8* row = table.codes + (u64)id * table.dim * SIZE;
     float* state = table.state + (u64)id * table.state_len;
     const u64 row_noise = step.stochastic ? mix(step.seed ^ (step.count + id)) : 0;
-    const u32 mine = threadIdx.x * VEC, stride = blockDim.x * VEC;
-    Columns<VEC> columns;
-    // What is changed is read before the entries are looked for: both are far away.
-    if (mine < table.dim) columns.load(table, row, state, mine);
+    // The row and its state are asked for before the entries are looked at: all of it is far away.
+    fetch_ahead(row, table.dim * SIZE);
+    fetch_ahead(state, table.state_len * 4);
 #if ROWWISE
     __shared__ float rate;
-    for (u32 column = mine; column < table.dim; column += stride) {
-        float g[VEC];
-        gradient(column, g);
+    gradient([&](u32 column, float(&g)[VEC]) {
 #pragma unroll
         for (int i = 0; i < VEC; i++) g[i] *= step.grad_scale;
         write_floats<VEC>(shared + column, true, g);
-    }
+    });
     __syncthreads();
     if (threadIdx.x < 32) {
         const float r = row_rate(shared, table.dim, state, step);
@@ -190,24 +187,25 @@ __device__ __forceinline__ void change_row(const Rows& table, const Step& step, 
     }
     __syncthreads();
     const float common = rate;
-    for (u32 column = mine; column < table.dim; column += stride) {
+#pragma unroll 4
+    for (u32 column = threadIdx.x * VEC; column < table.dim; column += blockDim.x * VEC) {
         float g[VEC];
+        Columns<VEC> columns;
+        columns.load(table, row, state, column);
 #pragma unroll
         for (int i = 0; i < VEC; i++) g[i] = shared[column + i];
-        if (column != mine) columns.load(table, row, state, column);
         columns.change(g, step, common);
         columns.store(table, row, state, column, step, row_noise);
     }
 #else
-    for (u32 column = mine; column < table.dim; column += stride) {
-        float g[VEC];
-        gradient(column, g);
+    gradient([&](u32 column, float(&g)[VEC]) {
+        Columns<VEC> columns;
+        columns.load(table, row, state, column);
 #pragma unroll
         for (int i = 0; i < VEC; i++) g[i] *= step.grad_scale;
-        if (column != mine) columns.load(table, row, state, column);
         columns.change(g, step, 0.0f);
         columns.store(table, row, state, column, step, row_noise);
-    }
+    });
 #endif
 }
 
@@ -218,6 +216,17 @@ __device__ __forceinline__ bool no_row(u32 id, const Rows& table, u32* flag, u32
     if (id < table.rows) return false;
     if (threadIdx.x == 0) raise_flag(flag, op, id, table.rows);
     return true;
+}
+
+// A gradient that is there, by the whole block.
+template <int VEC, class Out>
+__device__ __forceinline__ void read_gradient(const float* grad, u32 dim, const Out& out) {
+#pragma unroll 4
+    for (u32 column = threadIdx.x * VEC; column < dim; column += blockDim.x * VEC) {
+        float g[VEC];
+        read_floats<VEC>(grad + column, true, g);
+        out(column, g);
+    }
 }
 
 // By gradients that are there, `[limit, dim]`.
@@ -233,40 +242,65 @@ __device__ __forceinline__ void update(const Rows& table, const Step& step, cons
             if (threadIdx.x == 0) raise_flag(flag, op, u, limit);
             continue;
         }
-        change_row<VEC>(table, step, id, shared, [&](u32 column, float(&g)[VEC]) {
-            read_floats<VEC>(grads + (u64)u * table.dim + column, true, g);
+        change_row<VEC>(table, step, id, shared, [&](const auto& out) {
+            read_gradient<VEC>(grads + (u64)u * table.dim, table.dim, out);
         });
     }
 }
 
-// By the sums over the entries of rows of at most CHUNK entries.
+// By the sums over the entries of short rows; others go to the lists.
 template <int VEC>
 __device__ __forceinline__ void update_short(const Rows& table, const Step& step, const Plan& plan,
-                                             const Gradient& gradient, float* shared, u32* flag, u32 op) {
+                                             const Gradient& gradient, const Lists& lists, float* shared, u32* flag, u32 op) {
+    __shared__ u32 share;
     if (stopped(flag)) return;
     const u32 unique = plan.count();
-    for (u32 u = blockIdx.x; u < unique; u += gridDim.x) {
-        const u32 id = __ldg(plan.rows + u);
+    u32 u = blockIdx.x, id = 0, start = 0, end = 0;
+    if (u < unique) {
+        id = __ldg(plan.rows + u);
+        plan.range(u, start, end);
+    }
+    while (u < unique) {
+        // The next row is looked up while this one is changed.
+        const u32 next = u + gridDim.x;
+        u32 next_id = 0, next_start = 0, next_end = 0;
+        if (next < unique) {
+            next_id = __ldg(plan.rows + next);
+            plan.range(next, next_start, next_end);
+        }
+        if (!no_row(id, table, flag, op) && !lists.take(u, end - start, &share)) {
+            change_row<VEC>(table, step, id, shared, [&](const auto& out) {
+                gradient.sum_short<VEC>(plan, start, end, out);
+            });
+        }
+        u = next, id = next_id, start = next_start, end = next_end;
+    }
+}
+
+// By the sums over the entries of the rows of the first list.
+template <int VEC>
+__device__ __forceinline__ void update_middle(const Rows& table, const Step& step, const Plan& plan,
+                                              const Gradient& gradient, const Lists& lists, float* shared, u32* flag, u32 op) {
+    if (stopped(flag)) return;
+    for (u32 i = blockIdx.x; i < lists.middles(); i += gridDim.x) {
+        const u32 u = __ldg(lists.middle + i);
         u32 start, end;
         plan.range(u, start, end);
-        if (end - start > CHUNK || no_row(id, table, flag, op)) continue;
-        change_row<VEC>(table, step, id, shared, [&](u32 column, float(&g)[VEC]) {
-            gradient.sum<VEC>(plan, start, end, column, g);
+        change_row<VEC>(table, step, __ldg(plan.rows + u), shared, [&](const auto& out) {
+            gradient.sum_row<VEC, 8>(plan, start, end, out);
         });
     }
 }
 
-// By the gradients of long rows, which `reduce_long` left in slots.
+// By the gradients of the longest rows, which `reduce_long` left in slots.
 template <int VEC>
-__device__ __forceinline__ void update_long(const Rows& table, const Step& step, const Plan& plan, const float* slots,
-                                            u32 first, float* shared, u32* flag, u32 op) {
+__device__ __forceinline__ void update_long(const Rows& table, const Step& step, const Plan& plan, const Lists& lists,
+                                            const float* slots, u32 first, float* shared, u32* flag) {
     if (stopped(flag)) return;
-    const u32 u = plan.long_row(first + blockIdx.x);
+    const u32 u = lists.long_row(first + blockIdx.x);
     if (u == FULL) return;
-    const u32 id = __ldg(plan.rows + u);
-    if (no_row(id, table, flag, op)) return;
-    change_row<VEC>(table, step, id, shared, [&](u32 column, float(&g)[VEC]) {
-        read_floats<VEC>(slots + (u64)blockIdx.x * table.dim + column, true, g);
+    change_row<VEC>(table, step, __ldg(plan.rows + u), shared, [&](const auto& out) {
+        read_gradient<VEC>(slots + (u64)blockIdx.x * table.dim, table.dim, out);
     });
 }
 
@@ -276,15 +310,20 @@ __device__ __forceinline__ void update_long(const Rows& table, const Step& step,
         extern __shared__ __align__(16) float shared[];                                                               \
         update<VEC>(table, step, plan, grads, limit, shared, flag, op);                                               \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(512)                                                                 \
-        update_short_##VEC(Rows table, Step step, Plan plan, Gradient gradient, u32* flag, u32 op) {                  \
+    extern "C" __global__ void __launch_bounds__(512) update_short_##VEC(                                             \
+        Rows table, Step step, Plan plan, Gradient gradient, Lists lists, u32* flag, u32 op) {                        \
         extern __shared__ __align__(16) float shared[];                                                               \
-        update_short<VEC>(table, step, plan, gradient, shared, flag, op);                                             \
+        update_short<VEC>(table, step, plan, gradient, lists, shared, flag, op);                                      \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(512)                                                                 \
-        update_long_##VEC(Rows table, Step step, Plan plan, const float* slots, u32 first, u32* flag, u32 op) {       \
+    extern "C" __global__ void __launch_bounds__(512) update_middle_##VEC(                                            \
+        Rows table, Step step, Plan plan, Gradient gradient, Lists lists, u32* flag, u32 op) {                        \
         extern __shared__ __align__(16) float shared[];                                                               \
-        update_long<VEC>(table, step, plan, slots, first, shared, flag, op);                                          \
+        update_middle<VEC>(table, step, plan, gradient, lists, shared, flag, op);                                     \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(512) update_long_##VEC(                                              \
+        Rows table, Step step, Plan plan, Lists lists, const float* slots, u32 first, u32* flag) {                    \
+        extern __shared__ __align__(16) float shared[];                                                               \
+        update_long<VEC>(table, step, plan, lists, slots, first, shared, flag);                                       \
     }
 UPDATES(1)
 UPDATES(4)

@@ -176,54 +176,74 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_write(
     }
 }
 
-// The gradients of rows of at most CHUNK entries, a block a row: out[u] (out[rows[u]] if `scatter`). At most `limit`
-// rows fit into `out`.
+// Where the gradient of row `u` of the plan goes: out[u], or out[rows[u]] if `scatter`. At most `limit` rows fit.
+struct Destination {
+    float* out;
+    u64 limit;
+    u32 scatter;
+
+    // FULL, and a raised flag, if it does not fit.
+    __device__ __forceinline__ u64 of(const Plan& plan, u32 u, u32* flag, u32 op) const {
+        const u64 to = scatter ? __ldg(plan.rows + u) : u;
+        if (to < limit) return to;
+        if (threadIdx.x == 0) raise_flag(flag, op, (u32)to, limit);
+        return FULL;
+    }
+};
+
 template <int VEC>
-__device__ __forceinline__ void reduce_short(const Plan plan, const Gradient gradient, float* __restrict__ out,
-                                             u64 limit, u32 scatter, u32* flag, u32 op) {
+__device__ __forceinline__ void reduce_short(const Plan& plan, const Gradient& gradient, const Lists& lists,
+                                             const Destination& to, u32* flag, u32 op) {
+    __shared__ u32 share;
     const u32 unique = plan.count();
-    for (u32 u = blockIdx.x; u < unique; u += gridDim.x) {
-        u32 start, end;
-        plan.range(u, start, end);
-        if (end - start > CHUNK) continue;
-        const u64 to = scatter ? plan.rows[u] : u;
-        if (to >= limit) {
-            if (threadIdx.x == 0) raise_flag(flag, op, (u32)to, limit);
-            continue;
+    u32 u = blockIdx.x, start = 0, end = 0;
+    if (u < unique) plan.range(u, start, end);
+    while (u < unique) {
+        // The next row is looked up while this one is summed.
+        const u32 next = u + gridDim.x;
+        u32 next_start = 0, next_end = 0;
+        if (next < unique) plan.range(next, next_start, next_end);
+        if (!lists.take(u, end - start, &share)) {
+            const u64 row = to.of(plan, u, flag, op);
+            if (row != FULL) {
+                float* out = to.out + row * gradient.dim;
+                gradient.sum_short<VEC>(plan, start, end, [&](u32 column, float(&sum)[VEC]) {
+                    write_floats<VEC>(out + column, true, sum);
+                });
+            }
         }
-        for (u32 column = threadIdx.x * VEC; column < gradient.dim; column += blockDim.x * VEC) {
-            float sum[VEC];
-            gradient.sum<VEC>(plan, start, end, column, sum);
-            write_floats<VEC>(out + to * gradient.dim + column, true, sum);
-        }
+        u = next, start = next_start, end = next_end;
     }
 }
-extern "C" __global__ void __launch_bounds__(512) reduce_short_4(Plan plan, Gradient gradient, float* out, u64 limit,
-                                                                 u32 scatter, u32* flag, u32 op) {
-    reduce_short<4>(plan, gradient, out, limit, scatter, flag, op);
-}
-extern "C" __global__ void __launch_bounds__(512) reduce_short_1(Plan plan, Gradient gradient, float* out, u64 limit,
-                                                                 u32 scatter, u32* flag, u32 op) {
-    reduce_short<1>(plan, gradient, out, limit, scatter, flag, op);
+
+template <int VEC>
+__device__ __forceinline__ void reduce_middle(const Plan& plan, const Gradient& gradient, const Lists& lists,
+                                              const Destination& to, u32* flag, u32 op) {
+    for (u32 i = blockIdx.x; i < lists.middles(); i += gridDim.x) {
+        const u32 u = __ldg(lists.middle + i);
+        u32 start, end;
+        plan.range(u, start, end);
+        const u64 row = to.of(plan, u, flag, op);
+        if (row == FULL) continue;
+        float* out = to.out + row * gradient.dim;
+        gradient.sum_row<VEC, 8>(plan, start, end, [&](u32 column, float(&sum)[VEC]) {
+            write_floats<VEC>(out + column, true, sum);
+        });
+    }
 }
 
-// The gradients of rows of more than CHUNK entries. Such a row holds a position that is a multiple of CHUNK: block
-// (b, slice) looks for the row around position b * CHUNK, and works if it is the first such position of that row. Its
-// warps sum chunks at the same time, and add them in order. `first` is the first b of this launch; if `slots`, a row's
-// gradient is written to out[b - first] instead.
+// A block for 32 * VEC columns of row number `first + blockIdx.x` of the longest. Its warps sum chunks at the same time and
+// add them in order. If `slots`, the gradient goes to out[blockIdx.x].
 template <int VEC>
-__device__ __forceinline__ void reduce_long(const Plan plan, const Gradient gradient, float* __restrict__ out, u64 limit,
-                                            u32 scatter, u32 first, u32 slots, u32* flag, u32 op) {
+__device__ __forceinline__ void reduce_long(const Plan& plan, const Gradient& gradient, const Lists& lists,
+                                            const Destination& to, u32 first, u32 slots, u32* flag, u32 op) {
     __shared__ float partial[HOT_WARPS][32 * VEC];
-    const u32 u = plan.long_row(first + blockIdx.x);
+    const u32 u = lists.long_row(first + blockIdx.x);
     if (u == FULL) return;
     u32 start, end;
     plan.range(u, start, end);
-    const u64 to = slots ? blockIdx.x : scatter ? plan.rows[u] : u;
-    if (to >= limit) {
-        if (threadIdx.x == 0) raise_flag(flag, op, (u32)to, limit);
-        return;
-    }
+    const u64 row = slots ? blockIdx.x : to.of(plan, u, flag, op);
+    if (row == FULL) return;
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const u32 column = (blockIdx.y * 32 + lane) * VEC;
     const bool mine = column < gradient.dim;
@@ -234,7 +254,7 @@ __device__ __forceinline__ void reduce_long(const Plan plan, const Gradient grad
         const u32 from = chunks + warp * CHUNK;
         if (from < end) {
             float sum[VEC];
-            gradient.warp_sum<VEC>(plan, from, min(from + CHUNK, end), column, mine, sum);
+            gradient.sum_warp<VEC, (VEC == 4 ? 12 : 8)>(plan, from, min(from + CHUNK, end), column, mine, sum);
 #pragma unroll
             for (int i = 0; i < VEC; i++) partial[warp][lane * VEC + i] = sum[i];
         }
@@ -248,18 +268,24 @@ __device__ __forceinline__ void reduce_long(const Plan plan, const Gradient grad
         }
         __syncthreads();
     }
-    if (warp == 0 && mine) write_floats<VEC>(out + to * gradient.dim + column, true, total);
+    if (warp == 0 && mine) write_floats<VEC>(to.out + row * gradient.dim + column, true, total);
 }
-extern "C" __global__ void __launch_bounds__(HOT_WARPS * 32)
-    reduce_long_4(Plan plan, Gradient gradient, float* out, u64 limit, u32 scatter, u32 first, u32 slots, u32* flag,
-                  u32 op) {
-    reduce_long<4>(plan, gradient, out, limit, scatter, first, slots, flag, op);
-}
-extern "C" __global__ void __launch_bounds__(HOT_WARPS * 32)
-    reduce_long_1(Plan plan, Gradient gradient, float* out, u64 limit, u32 scatter, u32 first, u32 slots, u32* flag,
-                  u32 op) {
-    reduce_long<1>(plan, gradient, out, limit, scatter, first, slots, flag, op);
-}
+
+#define REDUCE(VEC)                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(512) reduce_short_##VEC(                                             \
+        Plan plan, Gradient gradient, Lists lists, Destination to, u32* flag, u32 op) {                               \
+        reduce_short<VEC>(plan, gradient, lists, to, flag, op);                                                       \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(512) reduce_middle_##VEC(                                            \
+        Plan plan, Gradient gradient, Lists lists, Destination to, u32* flag, u32 op) {                               \
+        reduce_middle<VEC>(plan, gradient, lists, to, flag, op);                                                      \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(HOT_WARPS * 32) reduce_long_##VEC(                                   \
+        Plan plan, Gradient gradient, Lists lists, Destination to, u32 first, u32 slots, u32* flag, u32 op) {         \
+        reduce_long<VEC>(plan, gradient, lists, to, first, slots, flag, op);                                          \
+    }
+REDUCE(1)
+REDUCE(4)
 
 // The sum of the squares of the first `unique * dim` of `grads`: a sum for each block, then their sum. Horizontal, its
 // order fixed by the launch.

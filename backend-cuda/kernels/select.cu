@@ -5,8 +5,8 @@
 //
 // The law: descending; a NaN is greatest; equal ones by lower index. A score and its index make one 64-bit number whose
 // descending order is the law's (`composite`), so any exact selection of the greatest gives the same result in any order
-// of work. A warp selects: it bounds the K-th best from below by maxima of 2K disjoint parts, collects what is not
-// smaller, and sorts that; where ties make that too much for its list it finds the K-th best bit by bit.
+// of work. A warp selects: it bounds the K-th best from below by the maxima of disjoint parts, collects what is not smaller,
+// and sorts that; where ties make that too much for its list it finds the K-th best bit by bit.
 //
 // For finite scores the best K of each half decide, and of their pairs only those with (a + 1)(b + 1) <= K. Where a half's
 // best is +inf or NaN, sub-keys of -inf can win too (+inf - inf is NaN): then all pairs of the best K and up to K more of -inf
@@ -90,72 +90,120 @@ template <class F> __device__ __forceinline__ void select_by_bits(u32 count, u32
     __syncwarp();
 }
 
-// The best `k` of a half into a list of `capacity` places, sorted.
+// A part of a half in a warp's registers: x[j] is score number base + 32 j + lane, or -inf behind the end.
+#define PART 1024
+__device__ __forceinline__ void load_part(const float* __restrict__ scores, u32 base, u32 n, float (&x)[32]) {
+    const u32 first = base + threadIdx.x % 32;
+#pragma unroll
+    for (u32 j = 0; j < 32; j++) x[j] = first + 32 * j < n ? __ldg(scores + first + 32 * j) : -INF;
+}
+
+// The place of the first of this lane's `count` items among those of the warp; `total` of all.
+__device__ __forceinline__ u32 scan_warp(u32 count, u32& total) {
+    u32 sum = count;
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1) {
+        const u32 before = __shfl_up_sync(FULL, sum, o);
+        if (threadIdx.x % 32 >= o) sum += before;
+    }
+    total = __shfl_sync(FULL, sum, 31);
+    return sum - count;
+}
+
+// A key that at least `k` of the warp's 32 * SETS keys reach, near the greatest such.
+template <int SETS> __device__ __forceinline__ u32 bound_keys(const u32 (&keys)[SETS], u32 k, int steps) {
+    u32 least = keys[0], most = keys[0];
+#pragma unroll
+    for (int s = 1; s < SETS; s++) least = min(least, keys[s]), most = max(most, keys[s]);
+    u32 low = __reduce_min_sync(FULL, least), high = __reduce_max_sync(FULL, most);
+#pragma unroll 1
+    for (int step = 0; step < steps && low < high; step++) {
+        const u32 middle = low + (high - low + 1) / 2;
+        u32 enough = 0;
+#pragma unroll
+        for (int s = 0; s < SETS; s++) enough += __popc(__ballot_sync(FULL, keys[s] >= middle));
+        if (enough >= k) low = middle;
+        else high = middle - 1;
+    }
+    return low;
+}
+
+// The best `k` of a half into a list of `capacity` places, sorted. The maxima of 32 * SETS parts bound the K-th best: so
+// many as K are not smaller, and SETS is such that not many more than K scores are not either.
+template <int SETS>
 __device__ __forceinline__ void select_half(const float* __restrict__ scores, u32 n, u32 k, u64* list, u32 capacity) {
     const u32 lane = threadIdx.x % 32;
-    // Two maxima a lane bound the K-th best of K <= 32; for greater K, bits decide from the start.
-    float bound = -INF;
-    if (k <= 32) {
-        float even = -INF, odd = -INF;
-        u32 i = lane;
-#pragma unroll 4
-        for (; i + 32 < n; i += 64) {
-            even = fmaxf(even, scores[i]);
-            odd = fmaxf(odd, scores[i + 32]);
-        }
-        if (i < n) even = fmaxf(even, scores[i]);
-        const u32 a = order(even), b = order(odd);
-        u32 low = __reduce_min_sync(FULL, min(a, b)), high = __reduce_max_sync(FULL, max(a, b));
-        // At least K maxima are not smaller than `low`; a few steps bring it near the K-th greatest.
-#pragma unroll 1
-        for (int step = 0; step < 14 && low < high; step++) {
-            const u32 middle = low + (high - low + 1) / 2;
-            const u32 enough = __popc(__ballot_sync(FULL, a >= middle)) + __popc(__ballot_sync(FULL, b >= middle));
-            if (enough >= k) low = middle;
-            else high = middle - 1;
-        }
-        bound = score_of(low);
+    float x[32], best[SETS];
+#pragma unroll
+    for (int s = 0; s < SETS; s++) best[s] = -INF;
+    for (u32 base = 0; base < n; base += PART) {
+        load_part(scores, base, n, x);
+        // NaN is passed over, which only lowers the bound.
+#pragma unroll
+        for (int j = 0; j < 32; j++) best[j % SETS] = fmaxf(best[j % SETS], x[j]);
     }
+    u32 keys[SETS];
+#pragma unroll
+    for (int s = 0; s < SETS; s++) keys[s] = order(best[s]);
+    const float bound = score_of(bound_keys<SETS>(keys, k, 14));
     u32 len = 0;
-    if (k <= 32 || n <= capacity) {
-#pragma unroll 4
-        for (u32 base = 0; base < n; base += 32) {
-            const u32 i = base + lane;
-            const float score = i < n ? scores[i] : 0.0f;
-            // Not smaller, or NaN.
-            const bool taken = i < n && !(score < bound);
-            const u32 ballot = __ballot_sync(FULL, taken);
-            const u32 at = len + __popc(ballot & ((1u << lane) - 1));
-            if (taken && at < capacity) list[at] = composite(order(score), i);
-            len += __popc(ballot);
-        }
-        __syncwarp();
-    } else {
-        len = FULL;
+    for (u32 base = 0; base < n; base += PART) {
+        if (n > PART) load_part(scores, base, n, x);
+        // Not smaller, or NaN.
+        u32 taken = 0, total;
+#pragma unroll
+        for (int j = 0; j < 32; j++) taken |= (u32)!(x[j] < bound) << j;
+        const u32 there = n - base > lane ? min((n - base - lane + 31) / 32, 32u) : 0u;
+        if (there < 32) taken &= (1u << there) - 1;
+        u32 at = len + scan_warp(__popc(taken), total);
+        for (; taken && at < capacity; taken &= taken - 1, at++) list[at] = base + 32 * (__ffs(taken) - 1) + lane;
+        len += total;
     }
+    __syncwarp();
     if (len > capacity) {
         select_by_bits(n, k, [&](u32 i) { return order(scores[i]); }, list);
         len = k;
+    } else {
+        for (u32 p = lane; p < len; p += 32) {
+            const u32 i = (u32)list[p];
+            list[p] = composite(order(__ldg(scores + i)), i);
+        }
     }
     finish_list(list, len);
 }
 
 // A warp a half. `row` of a tile: ((token * heads + head) * parts + part).
-extern "C" __global__ void __launch_bounds__(SELECT_THREADS)
-    select_halves(const float* __restrict__ scores, u32 tile, u32 halves, u32 n, u32 k, u32 capacity,
-                  u32* __restrict__ keys_out, u32* __restrict__ ids_out) {
+template <int SETS>
+__device__ __forceinline__ void halves_of(const float* __restrict__ scores, u32 tile, u32 halves, u32 n, u32 k, u32 capacity,
+                                          u32* __restrict__ keys_out, u32* __restrict__ ids_out) {
     extern __shared__ __align__(16) u64 lists[];
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const u64 row = (u64)blockIdx.x * (blockDim.x / 32) + warp;
     if (row >= (u64)tile * halves) return;
     const u64 token = row / halves, half = row % halves;
     u64* list = lists + warp * capacity;
-    select_half(scores + (half * tile + token) * n, n, k, list, capacity);
+    scores += (half * tile + token) * n;
+    if (SETS > 0) {
+        select_half<SETS == 0 ? 1 : SETS>(scores, n, k, list, capacity);
+    } else {
+        select_by_bits(n, k, [&](u32 i) { return order(scores[i]); }, list);
+        finish_list(list, k);
+    }
     for (u32 i = lane; i < k; i += 32) {
         keys_out[row * k + i] = (u32)(list[i] >> 32);
         ids_out[row * k + i] = index_of(list[i]);
     }
 }
+
+// For K up to 32, up to 128, and above.
+#define HALVES(NAME, SETS)                                                                                            \
+    extern "C" __global__ void __launch_bounds__(SELECT_THREADS)                                                      \
+        NAME(const float* scores, u32 tile, u32 halves, u32 n, u32 k, u32 capacity, u32* keys_out, u32* ids_out) {    \
+        halves_of<SETS>(scores, tile, halves, n, k, capacity, keys_out, ids_out);                                     \
+    }
+HALVES(select_halves_32, 2)
+HALVES(select_halves_128, 8)
+HALVES(select_halves_more, 0)
 
 // The softmax of a warp's scores, the greatest subtracted first; NaN as core's `softmax` has it.
 __device__ __forceinline__ void softmax_list(const u64* list, u32 k, u64 at, float* __restrict__ scores,
@@ -198,6 +246,36 @@ __device__ __noinline__ u32 add_lowest(const float* __restrict__ half, u32 n, u3
     return len;
 }
 
+// A pair of the table as a composite: the sum of its scores, and its position.
+__device__ __forceinline__ u64 pair_of(const u32* first_keys, const u32* second_keys, u32 pair) {
+    return composite(order(score_of(first_keys[pair >> 16]) + score_of(second_keys[pair & 0xffffu])), pair);
+}
+
+// The pairs of at most 32 by 32 scores that can be among the best `k`, unsorted; how many they are. There are at most 119.
+__device__ __forceinline__ u32 collect_pairs(const u32* first_keys, const u32* second_keys, const u32* table, u32 pairs,
+                                             u32 k, u64* list) {
+    const u32 lane = threadIdx.x % 32;
+    u64 mine[4];
+    u32 keys[4];
+#pragma unroll
+    for (u32 j = 0; j < 4; j++) {
+        mine[j] = lane + 32 * j < pairs ? pair_of(first_keys, second_keys, table[lane + 32 * j]) : 0;
+        keys[j] = (u32)(mine[j] >> 32);
+    }
+    // Keys of scores are not zero, so neither is a bound that k of them reach.
+    const u32 bound = max(bound_keys<4>(keys, k, 24), 1u);
+    u32 count = 0, len;
+#pragma unroll
+    for (int j = 0; j < 4; j++) count += keys[j] >= bound;
+    u32 at = scan_warp(count, len);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        if (keys[j] >= bound) list[at++] = mine[j];
+    }
+    __syncwarp();
+    return len;
+}
+
 // The best pairs of a token and head, a warp each. `pairs` is the number of (a, b) with (a+1)(b+1) <= k, and
 // `capacity` a power of two that is not less. Shared memory: for each warp a list of `capacity` places and four times 2k
 // numbers, and one table of the pairs.
@@ -215,57 +293,66 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS)
     u32* table = (u32*)(lists + warps * (capacity + 4 * k));
     // Row a of the table has the pairs (a, 0), (a, 1), ...: in order of position.
     if (parts == 2) {
-        for (u32 a = threadIdx.x; a < k; a += blockDim.x) {
-            u32 at = 0;
-            for (u32 before = 0; before < a; before++) at += k / (before + 1);
-            for (u32 b = 0; b < k / (a + 1); b++) table[at + b] = a << 16 | b;
+        if (k <= 32) {
+            if (warp == 0) {
+                u32 total;
+                const u32 count = lane < k ? k / (lane + 1) : 0u, at = scan_warp(count, total);
+                for (u32 b = 0; b < count; b++) table[at + b] = lane << 16 | b;
+            }
+        } else {
+            for (u32 a = threadIdx.x; a < k; a += blockDim.x) {
+                u32 at = 0;
+                for (u32 before = 0; before < a; before++) at += k / (before + 1);
+                for (u32 b = 0; b < k / (a + 1); b++) table[at + b] = a << 16 | b;
+            }
         }
     }
     __syncthreads();
-    const u64 row = (u64)blockIdx.x * warps + warp;
-    if (row >= (u64)tile * heads) return;
-    const u64 from = row * parts * k, to = row * k;
-    if (parts == 1) {
+    for (u64 row = (u64)blockIdx.x * warps + warp; row < (u64)tile * heads; row += (u64)gridDim.x * warps) {
+        const u64 from = row * parts * k, to = row * k;
+        __syncwarp();
+        if (parts == 1) {
+            for (u32 i = lane; i < k; i += 32) {
+                list[i] = composite(keys[from + i], i);
+                ids_out[to + i] = ids[from + i];
+            }
+            __syncwarp();
+            softmax_list(list, k, to, scores_out, weights_out);
+            continue;
+        }
         for (u32 i = lane; i < k; i += 32) {
-            list[i] = composite(keys[from + i], i);
-            ids_out[to + i] = ids[from + i];
+            first_keys[i] = keys[from + i];
+            first_ids[i] = ids[from + i];
+            second_keys[i] = keys[from + k + i];
+            second_ids[i] = ids[from + k + i];
         }
         __syncwarp();
+        if (first_keys[0] < PLUS_INF && second_keys[0] < PLUS_INF) {
+            const u32 len = k <= 32 ? collect_pairs(first_keys, second_keys, table, pairs, k, list) : pairs;
+            if (k > 32) {
+                for (u32 p = lane; p < pairs; p += 32) list[p] = pair_of(first_keys, second_keys, table[p]);
+            }
+            finish_list(list, len);
+            for (u32 i = lane; i < k; i += 32) {
+                const u32 pair = index_of(list[i]);
+                ids_out[to + i] = first_ids[pair >> 16] * n + second_ids[pair & 0xffffu];
+            }
+        } else {
+            const u64 token = row / heads, head = row % heads;
+            const float* half = scores + (head * 2 * tile + token) * n;
+            const u32 firsts = add_lowest(half, n, k, first_keys, first_ids);
+            const u32 seconds = add_lowest(half + (u64)tile * n, n, k, second_keys, second_ids);
+            select_by_bits(firsts * seconds, k, [&](u32 i) {
+                return order(score_of(first_keys[i / seconds]) + score_of(second_keys[i % seconds]));
+            }, list);
+            finish_list(list, k);
+            for (u32 i = lane; i < k; i += 32) {
+                const u32 pair = index_of(list[i]);
+                ids_out[to + i] = first_ids[pair / seconds] * n + second_ids[pair % seconds];
+            }
+        }
         softmax_list(list, k, to, scores_out, weights_out);
-        return;
     }
-    for (u32 i = lane; i < k; i += 32) {
-        first_keys[i] = keys[from + i];
-        first_ids[i] = ids[from + i];
-        second_keys[i] = keys[from + k + i];
-        second_ids[i] = ids[from + k + i];
-    }
-    __syncwarp();
-    if (first_keys[0] < PLUS_INF && second_keys[0] < PLUS_INF) {
-        for (u32 p = lane; p < pairs; p += 32) {
-            const u32 a = table[p] >> 16, b = table[p] & 0xffffu;
-            list[p] = composite(order(score_of(first_keys[a]) + score_of(second_keys[b])), table[p]);
-        }
-        finish_list(list, pairs);
-        for (u32 i = lane; i < k; i += 32) {
-            const u32 pair = index_of(list[i]);
-            ids_out[to + i] = first_ids[pair >> 16] * n + second_ids[pair & 0xffffu];
-        }
-    } else {
-        const u64 token = row / heads, head = row % heads;
-        const float* half = scores + (head * 2 * tile + token) * n;
-        const u32 firsts = add_lowest(half, n, k, first_keys, first_ids);
-        const u32 seconds = add_lowest(half + (u64)tile * n, n, k, second_keys, second_ids);
-        select_by_bits(firsts * seconds, k, [&](u32 i) {
-            return order(score_of(first_keys[i / seconds]) + score_of(second_keys[i % seconds]));
-        }, list);
-        finish_list(list, k);
-        for (u32 i = lane; i < k; i += 32) {
-            const u32 pair = index_of(list[i]);
-            ids_out[to + i] = first_ids[pair / seconds] * n + second_ids[pair % seconds];
-        }
-    }
-    softmax_list(list, k, to, scores_out, weights_out);
 }
 
 // Scores for few tokens: a warp a sub-key, which it reads once for up to four tokens. Every score is a horizontal sum.

@@ -1,13 +1,47 @@
 // Sums over the entries of a row, for plan.cu and optim.cu.
 //
-// A vertical sum: products, then sums, unfused, in order of the entries, from zero. A thread owns its columns.
+// A vertical sum: products, then sums, unfused, in order of the entries, from zero. A thread owns its columns, so how rows
+// are spread over threads changes no bit.
+//
+// Rows are of three kinds. Short ones, by far the most, are far apart and have next to no work: a block takes one at a time
+// with few threads, so that many are under way, and asks early for what it will need. What it finds to be longer it puts on
+// a list. Rows of the first list get a block as wide as themselves; rows of more than CHUNK entries are cut into chunks,
+// which many warps sum at the same time.
 
 // Entries that are summed in one go; part of the law.
 #define CHUNK 512
+// Entries of a short row.
+#define SHORT 32
 // Warps that sum chunks of a long row at the same time.
 #define HOT_WARPS 16
-// Sources of a short row that are read ahead.
-#define AHEAD 4
+
+// Rows that are not short: how many of each kind, and which. What does not fit is summed where it is found.
+#define LIST_LEN 65536
+struct Lists {
+    u32* counts;
+    u32* middle;
+    u32* longest;
+
+    // Whether the row was put on a list. Called by the whole block, with `share` of its shared memory.
+    __device__ __forceinline__ bool take(u32 u, u32 len, u32* share) const {
+        if (len <= SHORT) return false;
+        const u32 kind = len > CHUNK;
+        if (threadIdx.x == 0) {
+            const u32 at = atomicAdd(counts + kind, 1u);
+            if (at < LIST_LEN) (kind ? longest : middle)[at] = u;
+            *share = at;
+        }
+        __syncthreads();
+        const bool taken = *share < LIST_LEN;
+        __syncthreads();
+        return taken;
+    }
+    __device__ __forceinline__ u32 middles() const { return min(__ldg(counts), (u32)LIST_LEN); }
+    // Row number `i` of the longest, or FULL.
+    __device__ __forceinline__ u32 long_row(u32 i) const {
+        return i < min(__ldg(counts + 1), (u32)LIST_LEN) ? __ldg(longest + i) : FULL;
+    }
+};
 
 // A plan as it lies on the device. `entries_len` is the length of `entries` and `rows`, one less than that of `starts`.
 struct Plan {
@@ -22,22 +56,6 @@ struct Plan {
         end = min(__ldg(starts + u + 1), entries_len);
         start = min(__ldg(starts + u), end);
     }
-    // The row that holds position b * CHUNK, if it is longer than CHUNK and this is its first such position; or FULL.
-    __device__ __forceinline__ u32 long_row(u32 b) const {
-        const u64 position = (u64)b * CHUNK;
-        if (position >= entries_len) return FULL;
-        u32 low = 0, high = count();
-        while (high - low > 1) {
-            const u32 middle = low + (high - low) / 2;
-            if (__ldg(starts + middle) <= position) low = middle;
-            else high = middle;
-        }
-        if (high == 0) return FULL;
-        u32 start, end;
-        range(low, start, end);
-        if (end - start <= CHUNK || position >= end || position < start || start + CHUNK <= position) return FULL;
-        return low;
-    }
 };
 
 // Entry e adds weights[e] * sources[e / bag]; `magic` divides by the bag. `len` entries.
@@ -48,8 +66,8 @@ struct Gradient {
     u32 dim;
     u32 len;
 
-    template <int VEC> __device__ __forceinline__ void source(u32 e, u32 column, float (&x)[VEC]) const {
-        const float* p = sources + (u64)divide(e, magic) * dim + column;
+    template <int VEC> __device__ __forceinline__ void source(u32 row, u32 column, float (&x)[VEC]) const {
+        const float* p = sources + (u64)row * dim + column;
         if constexpr (VEC == 4) {
             const float4 v = __ldg((const float4*)p);
             x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
@@ -58,58 +76,83 @@ struct Gradient {
         }
     }
 
-    // Columns `column` to `column + VEC` of the sum over entries[start..end].
-    template <int VEC>
-    __device__ __forceinline__ void sum(const Plan& plan, u32 start, u32 end, u32 column, float (&sum)[VEC]) const {
+    // The source and the weight of the entry at `at`: a plan that names an entry there is not is read as entry 0.
+    __device__ __forceinline__ void entry(const Plan& plan, u32 at, u32& row, float& weight) const {
+        u32 e = __ldg(plan.entries + at);
+        if (e >= len) e = 0;
+        weight = __ldg(weights + e);
+        row = divide(e, magic);
+    }
+
+    // Sums of at most K entries, which the lanes hold: GROUP pieces of the row at once, each handed to `out`.
+    template <int VEC, int GROUP, int K, class Out>
+    __device__ __forceinline__ void sum_few(u32 lane_row, float lane_weight, u32 count, const Out& out) const {
+        u32 row[K];
+        float w[K];
 #pragma unroll
-        for (int i = 0; i < VEC; i++) sum[i] = 0.0f;
-        for (u32 k = start; k < end; k += AHEAD) {
-            u32 e[AHEAD];
-            float w[AHEAD], x[AHEAD][VEC];
+        for (int k = 0; k < K; k++) {
+            row[k] = __shfl_sync(FULL, lane_row, k);
+            w[k] = __shfl_sync(FULL, lane_weight, k);
+        }
+        const u32 stride = blockDim.x * VEC;
+        for (u32 first = threadIdx.x * VEC; first < dim; first += GROUP * stride) {
+            float x[GROUP][K][VEC];
 #pragma unroll
-            for (int a = 0; a < AHEAD; a++) e[a] = k + a < end ? __ldg(plan.entries + k + a) : FULL;
+            for (int g = 0; g < GROUP; g++) {
+                const u32 column = first + g * stride;
 #pragma unroll
-            for (int a = 0; a < AHEAD; a++) {
-                if (e[a] < len) {
-                    w[a] = __ldg(weights + e[a]);
-                    source<VEC>(e[a], column, x[a]);
+                for (int k = 0; k < K; k++) {
+                    if (column < dim && k < count) source<VEC>(row[k], column, x[g][k]);
                 }
             }
 #pragma unroll
-            for (int a = 0; a < AHEAD; a++) {
-                if (e[a] < len) {
+            for (int g = 0; g < GROUP; g++) {
+                const u32 column = first + g * stride;
+                if (column < dim) {
+                    float sum[VEC];
 #pragma unroll
-                    for (int i = 0; i < VEC; i++) sum[i] += w[a] * x[a][i];
+                    for (int i = 0; i < VEC; i++) sum[i] = 0.0f;
+#pragma unroll
+                    for (int k = 0; k < K; k++) {
+                        if (k < count) {
+#pragma unroll
+                            for (int i = 0; i < VEC; i++) sum[i] += w[k] * x[g][k][i];
+                        }
+                    }
+                    out(column, sum);
                 }
             }
         }
     }
 
-    // The same by a whole warp, whose lanes fetch the entries for each other. Lanes that are not `mine` only help.
-    template <int VEC>
-    __device__ __forceinline__ void warp_sum(const Plan& plan, u32 start, u32 end, u32 column, bool mine,
+    // Columns of the sum over entries[start..end], a few entries ahead. Lanes of a warp fetch entries for each other, so
+    // all of it must be here; those that are not `mine` only help.
+    template <int VEC, int AHEAD>
+    __device__ __forceinline__ void sum_warp(const Plan& plan, u32 start, u32 end, u32 column, bool mine,
                                              float (&sum)[VEC]) const {
         const u32 lane = threadIdx.x % 32;
         if (!mine) column = 0;
 #pragma unroll
         for (int i = 0; i < VEC; i++) sum[i] = 0.0f;
+        u32 next_row = 0;
+        float next_weight = 0.0f;
+        if (start + lane < end) entry(plan, start + lane, next_row, next_weight);
         for (u32 k = start; k < end; k += 32) {
-            u32 entry = k + lane < end ? __ldg(plan.entries + k + lane) : FULL;
-            if (entry >= len) entry = FULL;
-            const float weight = entry == FULL ? 0.0f : __ldg(weights + entry);
+            const u32 row = next_row;
+            const float weight = next_weight;
+            if (k + 32 + lane < end) entry(plan, k + 32 + lane, next_row, next_weight);
             const u32 count = min(32u, end - k);
-            for (u32 j = 0; j < count; j += 8) {
-                u32 e[8];
-                float w[8], x[8][VEC];
+            for (u32 j = 0; j < count; j += AHEAD) {
+                float w[AHEAD], x[AHEAD][VEC];
 #pragma unroll
-                for (int a = 0; a < 8; a++) {
-                    e[a] = __shfl_sync(FULL, entry, j + a);
+                for (int a = 0; a < AHEAD; a++) {
+                    const u32 r = __shfl_sync(FULL, row, j + a);
                     w[a] = __shfl_sync(FULL, weight, j + a);
-                    if (e[a] != FULL) source<VEC>(e[a], column, x[a]);
+                    if (j + a < count) source<VEC>(r, column, x[a]);
                 }
 #pragma unroll
-                for (int a = 0; a < 8; a++) {
-                    if (e[a] != FULL) {
+                for (int a = 0; a < AHEAD; a++) {
+                    if (j + a < count) {
 #pragma unroll
                         for (int i = 0; i < VEC; i++) sum[i] += w[a] * x[a][i];
                     }
@@ -117,4 +160,33 @@ struct Gradient {
             }
         }
     }
+
+    // The sum over the entries of a row of at most CHUNK of them, by the whole block: every column is handed to `out`.
+    template <int VEC, int AHEAD, class Out>
+    __device__ __forceinline__ void sum_row(const Plan& plan, u32 start, u32 end, const Out& out) const {
+        for (u32 base = 0; base < dim; base += blockDim.x * VEC) {
+            const u32 column = base + threadIdx.x * VEC;
+            float sum[VEC];
+            sum_warp<VEC, AHEAD>(plan, start, end, column, column < dim, sum);
+            if (column < dim) out(column, sum);
+        }
+    }
+
+    // The same for a short row, with as many pieces in flight as registers allow.
+    template <int VEC, class Out>
+    __device__ __forceinline__ void sum_short(const Plan& plan, u32 start, u32 end, const Out& out) const {
+        const u32 lane = threadIdx.x % 32, count = end - start;
+        if (count > 2) return sum_row<VEC, 4>(plan, start, end, out);
+        u32 row = 0;
+        float weight = 0.0f;
+        if (lane < count) entry(plan, start + lane, row, weight);
+        if (count == 1) sum_few<VEC, 4, 1>(row, weight, count, out);
+        else sum_few<VEC, 2, 2>(row, weight, count, out);
+    }
 };
+
+// Asks for `bytes` from `p` on to come nearer: lines of 128 bytes, one for each thread in turn.
+__device__ __forceinline__ void fetch_ahead(const void* p, u32 bytes) {
+    for (u32 at = threadIdx.x * 128; at < bytes; at += blockDim.x * 128)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"((const u8*)p + at));
+}

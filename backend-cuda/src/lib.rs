@@ -45,6 +45,7 @@ pub use ops::select::MAX_TOP_K;
 
 use crate::kernels::Kernels;
 use crate::launch::{Blas, Event, Properties, Stream, launch_graph};
+use crate::ops::plan::Lists;
 
 /// The environment variable that says where compiled kernels are kept; empty for nowhere.
 pub const CACHE_VARIABLE: &str = "MEMLAYER_CUDA_CACHE";
@@ -56,6 +57,8 @@ pub struct Cuda {
     blas: Blas,
     /// What a kernel found wrong: operation, id, rows (two words).
     flag: Buffer<u32>,
+    /// Rows with many entries, found and used within an operation.
+    lists: Buffer<u32>,
     properties: Properties,
     scores: Scores,
     name: String,
@@ -119,8 +122,9 @@ impl CudaBuilder {
         let kernels = Kernels::new(&stream, capability, self.cache)?;
         let blas = Blas::new(&stream)?;
         let flag = Buffer::new(stream.allocate(16)?, 4);
+        let lists = Buffer::new(stream.allocate(Lists::WORDS * 4)?, Lists::WORDS);
         let name = format!("cuda {} sm_{}{}", properties.name, capability.0, capability.1);
-        Ok(Cuda { stream, kernels, blas, flag, properties, scores: self.scores, name })
+        Ok(Cuda { stream, kernels, blas, flag, lists, properties, scores: self.scores, name })
     }
 }
 

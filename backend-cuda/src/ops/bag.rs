@@ -21,31 +21,28 @@ struct Reading {
 }
 
 impl Reading {
-    /// The widest loads that codes of `bytes` at `pointer`, in rows of `dim` and groups of `group`, can be read with.
+    /// The widest loads that codes of `bytes` at `pointer`, in rows of `dim` and groups of `group`, can be read with, and
+    /// that leave work for the least team.
     fn widest(pointer: u64, bytes: usize, dim: usize, group: usize) -> Self {
-        let fits = |lane: usize| {
-            dim.is_multiple_of(lane)
-                && (group >= dim || group.is_multiple_of(lane))
-                && pointer.is_multiple_of((lane * bytes) as u64)
-        };
         let mut lane = 16 / bytes;
-        while !fits(lane) {
+        while lane > 1 && (!fits(lane, pointer, bytes, dim, group) || dim / lane < 8) {
             lane /= 2;
         }
-        Self::new(lane, dim)
+        Self { lane, team: (dim / lane).next_power_of_two().clamp(8, 32) }
     }
 
-    fn new(lane: usize, dim: usize) -> Self {
-        Self { lane, team: (dim / lane).next_power_of_two().min(32) }
+    /// Loads of 4 bytes, for few tokens.
+    fn narrow(pointer: u64, bytes: usize, dim: usize, group: usize) -> Option<Self> {
+        let lane = 4 / bytes;
+        fits(lane, pointer, bytes, dim, group).then_some(Self { lane, team: 32 })
     }
+}
 
-    /// Narrower loads, of 4 bytes at the least, where `tokens` bags would leave most of the device idle otherwise.
-    fn spread(mut self, bytes: usize, dim: usize, tokens: usize, multiprocessors: u32) -> Self {
-        while self.lane * bytes > 4 && tokens * dim / self.lane < multiprocessors as usize * 256 {
-            self = Self::new(self.lane / 2, dim);
-        }
-        self
-    }
+/// Whether `lane` codes at once divide rows and groups, and are aligned.
+fn fits(lane: usize, pointer: u64, bytes: usize, dim: usize, group: usize) -> bool {
+    dim.is_multiple_of(lane)
+        && (group >= dim || group.is_multiple_of(lane))
+        && pointer.is_multiple_of((lane * bytes) as u64)
 }
 
 macro_rules! named {
@@ -84,8 +81,8 @@ impl<E: Element> EmbeddingBag<Rows<'_, E>> for Cuda {
         let reading = Reading::widest(table.codes.pointer(), bytes, dim, table.group);
         let variant = Variant::of(File::Bag).format(format::<E>(OP)?);
         let kernel = self.kernels.get(variant, named!("bag_dot", reading.lane))?;
-        // A team takes four rows of a bag.
-        let lanes = tokens * args.bag.div_ceil(4) * reading.team;
+        // A team takes eight rows of a bag.
+        let lanes = tokens * args.bag.div_ceil(8) * reading.team;
         let mut launch = table_args(OP, table)?
             .read(args.ids)
             .read(args.vectors)
@@ -123,14 +120,17 @@ impl Cuda {
             return Ok(());
         }
         let (dim, bytes) = (table.dim, size_of::<E>());
-        let reading = Reading::widest(table.codes.pointer(), bytes, dim, table.group).spread(
-            bytes,
-            dim,
-            tokens,
-            self.properties.multiprocessors,
-        );
+        let pointer = table.codes.pointer();
+        let mut reading = Reading::widest(pointer, bytes, dim, table.group);
+        let mut name = named!("bag_sum", reading.lane);
+        // Where so few tokens would leave most of the device idle, more and narrower teams read them.
+        if tokens * dim / reading.lane < self.properties.multiprocessors as usize * 64
+            && let Some(narrow) = Reading::narrow(pointer, bytes, dim, table.group)
+        {
+            (reading, name) = (narrow, "bag_sum_few");
+        }
         let variant = Variant::of(File::Bag).format(format::<E>(op)?);
-        let kernel = self.kernels.get(variant, named!("bag_sum", reading.lane))?;
+        let kernel = self.kernels.get(variant, name)?;
         let slices = dim.div_ceil(reading.team * reading.lane);
         let lanes = tokens * slices * reading.team;
         let mut launch = table_args(op, table)?
@@ -161,15 +161,11 @@ mod tests {
         assert_eq!(lane(0, 1, 17, 17), 1);
         assert_eq!(lane(4, 4, 1024, 1024), 1);
         assert_eq!(lane(0, 1, 1024, 4), 4, "a group is not split by a load");
+        assert_eq!(lane(0, 2, 24, 24), 2, "a team has eight lanes");
         assert_eq!(Reading::widest(0, 2, 256, 256), Reading { lane: 8, team: 32 });
         assert_eq!(Reading::widest(0, 2, 100, 100), Reading { lane: 4, team: 32 });
-        assert_eq!(Reading::widest(0, 2, 24, 24), Reading { lane: 8, team: 4 });
-    }
-
-    #[test]
-    fn few_tokens_are_spread() {
-        let spread = |tokens| Reading::widest(0, 2, 1024, 1024).spread(2, 1024, tokens, 132).lane;
-        assert_eq!(spread(1), 2);
-        assert_eq!(spread(4096), 8);
+        assert_eq!(Reading::widest(0, 4, 2, 2), Reading { lane: 1, team: 8 });
+        assert_eq!(Reading::narrow(0, 1, 100, 100), Some(Reading { lane: 4, team: 32 }));
+        assert_eq!(Reading::narrow(0, 2, 17, 17), None);
     }
 }

@@ -8,7 +8,7 @@ use memlayer_core::ops::plan::{CHUNK, RowGradient, RowPlan};
 use memlayer_core::random::mix;
 use memlayer_core::{Scratch, ScratchReq, Table, Trainable};
 
-use super::plan::{Destination, GradientArg, LongRows, PlanArg, row_block};
+use super::plan::{Destination, GradientArg, Lists, LongRows, PlanArg, SHORT, SHORT_PIECES, pieces, row_block};
 use super::{aligned, number_of, size};
 use crate::Cuda;
 use crate::error::CudaError;
@@ -17,7 +17,7 @@ use crate::launch::{Args, Shape};
 use crate::memory::{TrainRows, View, ViewMut};
 
 /// Gradients of long rows that [`RowUpdate::reduce_and_update`] holds at a time.
-const SLOTS: usize = 128;
+const SLOTS: usize = 512;
 
 /// What all rows of a step share, as kernels take it.
 #[repr(C)]
@@ -162,8 +162,9 @@ impl Update {
     fn args(&self) -> Args {
         Args::new().value(self.rows).value(self.factors).value(self.plan)
     }
-    fn block(&self, wide: bool) -> u32 {
-        row_block((self.rows.dim as usize).div_ceil(if wide { 4 } else { 1 }))
+    /// Threads of a block, each taking so many pieces of a row.
+    fn block(&self, wide: bool, each: usize) -> u32 {
+        row_block(pieces(self.rows.dim as usize, wide), each)
     }
 }
 
@@ -184,7 +185,7 @@ impl<E: Trainable, O: DeviceRule> RowUpdate<TrainRows<'_, E>, O> for Cuda {
         const OP: &str = "update";
         let update = self.update_of(OP, &table, rule, step, &plan)?;
         let wide = update.wide && aligned(grads.pointer(), table.dim);
-        let block = update.block(wide);
+        let block = update.block(wide, SHORT_PIECES);
         let entries = plan.entries.len();
         if entries == 0 {
             return Ok(());
@@ -224,46 +225,55 @@ impl<E: Trainable, O: DeviceRule> RowUpdate<TrainRows<'_, E>, O> for Cuda {
         if entries == 0 {
             return Ok(());
         }
-        let (flag, op) = (self.flag.view().pointer(), number_of(OP));
+        let lists = self.lists()?;
         let wide = update.wide && gradient.is_wide();
-        let block = update.block(wide);
-        let mut args = update.args().value(gradient).value(flag).value(op);
+        let args = || {
+            let args = update.args().value(gradient).value(lists);
+            args.value(self.flag.view().pointer()).value(number_of(OP))
+        };
         let kernel = self.kernels.get(update.variant, if wide { "update_short_4" } else { "update_short_1" })?;
+        let block = update.block(wide, SHORT_PIECES);
         let shape = Shape::new(self.row_blocks(entries, block), block).shared(update.shared);
-        self.stream.launch(&kernel, shape, &mut args)?;
-        if entries <= CHUNK {
-            return Ok(());
+        self.stream.launch(&kernel, shape, &mut args())?;
+        if entries > SHORT {
+            let kernel = self.kernels.get(update.variant, if wide { "update_middle_4" } else { "update_middle_1" })?;
+            let block = update.block(wide, 1);
+            let shape = Shape::new(self.row_blocks(entries.div_ceil(SHORT), block), block).shared(update.shared);
+            self.stream.launch(&kernel, shape, &mut args())?;
         }
-
-        // The plan stays on the device, so how many rows are long is not known here: all edges between chunks are
-        // looked at, SLOTS at a time, and those that no long row begins at cost a search.
-        let (slots, _) = scratch.take_reals(SLOTS * table.dim);
-        self.update_long_rows(&update, gradient, &slots, entries.div_ceil(CHUNK))
+        if entries > CHUNK {
+            let (slots, _) = scratch.take_reals(SLOTS * table.dim);
+            self.update_long_rows(&update, gradient, lists, &slots, entries / CHUNK)?;
+        }
+        Ok(())
     }
 }
 
 impl Cuda {
+    /// Sums and applies the gradients of the longest rows. The plan stays on the device, so how many they are is not
+    /// known here: there are launches for as many as there can be, SLOTS at a time.
     fn update_long_rows(
         &self,
         update: &Update,
         gradient: GradientArg,
+        lists: Lists,
         slots: &ViewMut<'_, f32>,
-        edges: usize,
+        most: usize,
     ) -> Result<(), CudaError> {
         let op = update.op;
         let wide = update.wide && aligned(slots.pointer(), update.rows.dim as usize);
         let kernel = self.kernels.get(update.variant, if wide { "update_long_4" } else { "update_long_1" })?;
-        let to = Destination { pointer: slots.pointer(), limit: SLOTS, scatter: false };
-        for first in (0..edges).step_by(SLOTS) {
-            let count = SLOTS.min(edges - first);
-            self.reduce_long(op, update.plan, gradient, to, LongRows { first, count, slots: true })?;
+        let to = Destination::new(slots.pointer(), SLOTS, false);
+        for first in (0..most).step_by(SLOTS) {
+            let count = SLOTS.min(most - first);
+            self.reduce_long(op, update.plan, gradient, lists, to, LongRows { first, count, slots: true })?;
             let mut args = update
                 .args()
+                .value(lists)
                 .value(slots.pointer())
                 .value(size(op, "entries", first)?)
-                .value(self.flag.view().pointer())
-                .value(number_of(op));
-            let shape = Shape::new(count, update.block(wide)).shared(update.shared);
+                .value(self.flag.view().pointer());
+            let shape = Shape::new(count, update.block(wide, 1)).shared(update.shared);
             self.stream.launch(&kernel, shape, &mut args)?;
         }
         Ok(())

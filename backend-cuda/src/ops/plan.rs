@@ -18,7 +18,7 @@ const TILE: usize = 4096;
 /// Digits of the sort have this many bits at most.
 const DIGIT_BITS: u32 = 8;
 /// Blocks that sum squares.
-const SUM_BLOCKS: usize = 1024;
+const SUM_BLOCKS: u32 = 1024;
 const VARIANT: Variant = Variant::of(File::Plan);
 
 /// A plan as kernels take it.
@@ -80,23 +80,66 @@ impl GradientArg {
     }
 }
 
-/// Where the gradients of rows go.
-#[derive(Clone, Copy, Debug)]
+/// Where the gradients of rows go, as kernels take it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
 pub(crate) struct Destination {
-    pub(crate) pointer: u64,
-    /// Rows that fit.
-    pub(crate) limit: usize,
-    /// Whether a gradient goes to the place of its row instead of its place in the plan.
-    pub(crate) scatter: bool,
+    pointer: u64,
+    limit: u64,
+    scatter: u32,
+    padding: u32,
 }
 
-/// Threads of a block that works on a row of `columns` pieces.
-pub(crate) fn row_block(columns: usize) -> u32 {
-    u32::try_from(columns.next_multiple_of(32).clamp(32, 512)).unwrap_or(512)
+impl Destination {
+    /// To `pointer`, where `limit` rows fit. If `scatter`, a gradient goes to the place of its row instead of its place in
+    /// the plan.
+    pub(crate) const fn new(pointer: u64, limit: usize, scatter: bool) -> Self {
+        Self { pointer, limit: limit as u64, scatter: scatter as u32, padding: 0 }
+    }
 }
+
+/// The lists of rows that are not short, as kernels take them: see `sums.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+pub(crate) struct Lists {
+    counts: u64,
+    middle: u64,
+    longest: u64,
+}
+
+impl Lists {
+    /// Rows that fit on one list.
+    const LEN: usize = 65_536;
+    /// Words that the lists take; the counts come first.
+    pub(crate) const WORDS: usize = 4 + 2 * Self::LEN;
+
+    fn at(pointer: u64) -> Self {
+        Self { counts: pointer, middle: pointer + 16, longest: pointer + 16 + 4 * Self::LEN as u64 }
+    }
+}
+
+/// Columns of a row as kernels divide them: so many a thread at once.
+pub(crate) const fn pieces(dim: usize, wide: bool) -> usize {
+    dim.div_ceil(if wide { 4 } else { 1 })
+}
+
+/// Threads of a block that takes a row of `pieces`, `each` of them a thread.
+pub(crate) fn row_block(pieces: usize, each: usize) -> u32 {
+    u32::try_from(pieces.div_ceil(each).next_multiple_of(32).clamp(32, 512)).unwrap_or(512)
+}
+
+/// Pieces of a short row that a thread takes: rows are far apart, and it is many rows at a time that hide that.
+pub(crate) const SHORT_PIECES: usize = 8;
 
 impl Cuda {
-    /// The sums over the entries of every row, short rows and long ones.
+    /// Empty lists.
+    pub(crate) fn lists(&self) -> Result<Lists, CudaError> {
+        let pointer = self.lists.view().pointer();
+        self.stream.zero(pointer, 16)?;
+        Ok(Lists::at(pointer))
+    }
+
+    /// The sums over the entries of every row.
     pub(crate) fn reduce_to(
         &self,
         op: &'static str,
@@ -108,67 +151,77 @@ impl Cuda {
         if entries == 0 || dim == 0 {
             return Ok(());
         }
+        let lists = self.lists()?;
         let wide = gradient.is_wide() && aligned(to.pointer, dim);
-        let block = row_block(dim.div_ceil(if wide { 4 } else { 1 }));
+        let args = || {
+            let args = Args::new().value(plan).value(gradient).value(lists).value(to);
+            args.value(self.flag.view().pointer()).value(number_of(op))
+        };
         let kernel = self.kernels.get(VARIANT, if wide { "reduce_short_4" } else { "reduce_short_1" })?;
-        let mut args = Args::new()
-            .value(plan)
-            .value(gradient)
-            .value(to.pointer)
-            .value(to.limit as u64)
-            .value(u32::from(to.scatter))
-            .value(self.flag.view().pointer())
-            .value(number_of(op));
-        self.stream.launch(&kernel, Shape::new(self.row_blocks(entries, block), block), &mut args)?;
-        if entries <= CHUNK {
-            return Ok(());
+        let block = row_block(pieces(dim, wide), SHORT_PIECES);
+        self.stream.launch(&kernel, Shape::new(self.row_blocks(entries, block), block), &mut args())?;
+        if entries > SHORT {
+            let kernel = self.kernels.get(VARIANT, if wide { "reduce_middle_4" } else { "reduce_middle_1" })?;
+            let block = row_block(pieces(dim, wide), 1);
+            let rows = entries.div_ceil(SHORT);
+            self.stream.launch(&kernel, Shape::new(self.row_blocks(rows, block), block), &mut args())?;
         }
-        self.reduce_long(op, plan, gradient, to, LongRows { first: 0, count: entries.div_ceil(CHUNK), slots: false })
+        if entries > CHUNK {
+            self.reduce_long(
+                op,
+                plan,
+                gradient,
+                lists,
+                to,
+                LongRows { first: 0, count: entries / CHUNK, slots: false },
+            )?;
+        }
+        Ok(())
     }
 
-    /// The sums over the entries of long rows, by the chunks they may begin in.
+    /// The sums over the entries of the longest rows.
     pub(crate) fn reduce_long(
         &self,
         op: &'static str,
         plan: PlanArg,
         gradient: GradientArg,
+        lists: Lists,
         to: Destination,
         rows: LongRows,
     ) -> Result<(), CudaError> {
         let dim = gradient.dim as usize;
         let wide = gradient.is_wide() && aligned(to.pointer, dim);
         let kernel = self.kernels.get(VARIANT, if wide { "reduce_long_4" } else { "reduce_long_1" })?;
-        let slices = dim.div_ceil(if wide { 128 } else { 32 });
         let mut args = Args::new()
             .value(plan)
             .value(gradient)
-            .value(to.pointer)
-            .value(to.limit as u64)
-            .value(u32::from(to.scatter))
+            .value(lists)
+            .value(to)
             .value(size(op, "entries", rows.first)?)
             .value(u32::from(rows.slots))
             .value(self.flag.view().pointer())
             .value(number_of(op));
-        self.stream.launch(&kernel, Shape::new(rows.count, 512).by(slices), &mut args)
+        self.stream.launch(&kernel, Shape::new(rows.count, 512).by(pieces(dim, wide).div_ceil(32)), &mut args)
     }
 
-    /// Blocks for as many rows as there may be, no more than the device holds a few times over.
+    /// Blocks for as many rows as there may be, no more than the device holds at once.
     pub(crate) fn row_blocks(&self, rows: usize, block: u32) -> usize {
         let resident = self.properties.multiprocessors as usize * (2048 / block as usize).min(32);
         rows.min(resident)
     }
 }
 
-/// Rows of more than [`CHUNK`] entries, by the position of their first chunk's edge.
+/// Rows of more than [`CHUNK`] entries, by their places on the list.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LongRows {
-    /// The first edge looked at, in chunks.
     pub(crate) first: usize,
-    /// Edges looked at.
     pub(crate) count: usize,
-    /// Whether gradients go to the place of the edge.
+    /// Whether gradients go to the places counted from `first`.
     pub(crate) slots: bool,
 }
+
+/// Entries of a short row, as in `sums.cuh`.
+pub(crate) const SHORT: usize = 32;
 
 /// The digits that ids below `rows` are sorted by: how many passes, and bits of each.
 fn passes(rows: usize) -> (u32, u32) {
@@ -270,12 +323,12 @@ impl RowReduce for Cuda {
         const OP: &str = "reduce";
         gradient.check(OP, &plan)?;
         let limit = out.len().checked_div(gradient.dim).unwrap_or(0);
-        let to = Destination { pointer: out.pointer(), limit, scatter: false };
+        let to = Destination::new(out.pointer(), limit, false);
         self.reduce_to(OP, PlanArg::new(OP, &plan)?, GradientArg::new(OP, &gradient)?, to)
     }
 
     fn square_sum_scratch(&self, _entries: usize) -> ScratchReq {
-        ScratchReq::new(SUM_BLOCKS, 0)
+        ScratchReq::new(SUM_BLOCKS as usize, 0)
     }
 
     fn square_sum(
@@ -302,8 +355,8 @@ impl RowReduce for Cuda {
             .value(self.flag.view().pointer())
             .value(number_of(OP));
         let kernel = self.kernels.get(VARIANT, "square_sums")?;
-        self.stream.launch(&kernel, Shape::new(SUM_BLOCKS, THREADS), &mut args)?;
-        let mut args = Args::new().write(&scratch.reals).value(SUM_BLOCKS as u32).write(&out);
+        self.stream.launch(&kernel, Shape::new(SUM_BLOCKS as usize, THREADS), &mut args)?;
+        let mut args = Args::new().write(&scratch.reals).value(SUM_BLOCKS).write(&out);
         let kernel = self.kernels.get(VARIANT, "square_total")?;
         self.stream.launch(&kernel, Shape::new(1, 32), &mut args)
     }

@@ -79,9 +79,13 @@ fn pairs(k: usize) -> usize {
     (1..=k).map(|a| k / a).sum()
 }
 
-/// Places of a warp's list over halves.
-fn half_capacity(k: usize) -> usize {
-    k.next_power_of_two().max(128)
+/// The kernel that selects from halves, and the places of a warp's list in it.
+fn half_kernel(k: usize) -> (&'static str, usize) {
+    match k {
+        0..=32 => ("select_halves_32", 128),
+        33..=128 => ("select_halves_128", 512),
+        _ => ("select_halves_more", k.next_power_of_two()),
+    }
 }
 
 impl<E: Element> SelectRows<Rows<'_, E>> for Cuda {
@@ -190,7 +194,7 @@ impl<E: Element> SelectRows<Rows<'_, E>> for Cuda {
         let (mut buffers, ids) = PlanBuffers::<Self>::carve(scratch.ids, entries)?;
         self.plan(key_ids.read(), dims.key_rows(), buffers.reborrow(), Scratch { reals: scratch.reals, ids })?;
         let gradient = RowGradient { bag: k, dim: dims.half_dim, weights: weights.read(), sources: args.queries };
-        let to = Destination { pointer: dkeys.pointer(), limit: dims.key_rows(), scatter: true };
+        let to = Destination::new(dkeys.pointer(), dims.key_rows(), true);
         self.reduce_to(OP, PlanArg::new(OP, &buffers.plan())?, GradientArg::new(OP, &gradient)?, to)
     }
 }
@@ -309,9 +313,9 @@ impl Cuda {
         let (k, halves) = (dims.top_k, dims.heads * dims.parts);
         let tile = size(OP, "tokens", tokens.len())?;
         let (n, top_k) = (size(OP, "sub_keys", dims.sub_keys)?, size(OP, "top_k", k)?);
-        let capacity = half_capacity(k);
+        let (name, capacity) = half_kernel(k);
         let warps = warps_for(capacity * 8);
-        let kernel = self.kernels.get(Variant::of(File::Select), "select_halves")?;
+        let kernel = self.kernels.get(Variant::of(File::Select), name)?;
         let mut launch = Args::new()
             .write(scores)
             .value(tile)
@@ -347,7 +351,8 @@ impl Cuda {
             .value(part(args.scores.pointer()))
             .value(part(args.weights.pointer()));
         let rows = tokens.len() * dims.heads;
-        let shape = Shape::new(rows.div_ceil(warps), warps_block(warps)).shared(warps * warp_bytes + pairs * 4);
+        let blocks = rows.div_ceil(warps).min(self.properties.multiprocessors as usize * 16);
+        let shape = Shape::new(blocks, warps_block(warps)).shared(warps * warp_bytes + pairs * 4);
         self.stream.launch(&kernel, shape, &mut launch)
     }
 }
