@@ -10,7 +10,7 @@
 
 #define THREADS 256
 #define WARPS (THREADS / 32)
-#define ITEMS 16
+#define ITEMS 4
 #define TILE (THREADS * ITEMS)
 #define WARP_ITEMS (32 * ITEMS)
 

@@ -145,7 +145,7 @@ __device__ __forceinline__ void select_half(const float* __restrict__ scores, u3
     u32 keys[SETS];
 #pragma unroll
     for (int s = 0; s < SETS; s++) keys[s] = order(best[s]);
-    const float bound = score_of(bound_keys<SETS>(keys, k, 14));
+    const float bound = score_of(bound_keys<SETS>(keys, k, 10));
     u32 len = 0;
     for (u32 base = 0; base < n; base += PART) {
         if (n > PART) load_part(scores, base, n, x);
@@ -263,7 +263,7 @@ __device__ __forceinline__ u32 collect_pairs(const u32* first_keys, const u32* s
         keys[j] = (u32)(mine[j] >> 32);
     }
     // Keys of scores are not zero, so neither is a bound that k of them reach.
-    const u32 bound = max(bound_keys<4>(keys, k, 24), 1u);
+    const u32 bound = max(bound_keys<4>(keys, k, 16), 1u);
     u32 count = 0, len;
 #pragma unroll
     for (int j = 0; j < 4; j++) count += keys[j] >= bound;

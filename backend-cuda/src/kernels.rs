@@ -126,6 +126,8 @@ impl Kernels {
         let options = [
             format!("--gpu-architecture={}", self.arch),
             "--std=c++17".to_owned(),
+            // Bodies of generic lambdas are the device's too.
+            "--device-as-default-execution-space".to_owned(),
             // The law of vertical sums: products and sums that are written apart stay apart.
             "--fmad=false".to_owned(),
             "--prec-div=true".to_owned(),

@@ -14,7 +14,7 @@ use crate::memory::{View, ViewMut};
 
 /// Threads of the kernels that sort, and the entries a block of them takes.
 const THREADS: u32 = 256;
-const TILE: usize = 4096;
+const TILE: usize = 1024;
 /// Digits of the sort have this many bits at most.
 const DIGIT_BITS: u32 = 8;
 /// Blocks that sum squares.
