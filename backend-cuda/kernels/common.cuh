@@ -151,6 +151,12 @@ template <int NV> __device__ __forceinline__ void write_floats(float* p, bool al
     }
 }
 
+// Writes what will not be read again soon, aligned to NV floats.
+template <int NV> __device__ __forceinline__ void write_once(float* p, const float (&x)[NV]) {
+    if constexpr (NV == 4) __stcs((float4*)p, make_float4(x[0], x[1], x[2], x[3]));
+    else __stcs(p, x[0]);
+}
+
 // The bijection of core's `random::mix`.
 __device__ __forceinline__ u64 mix(u64 x) {
     x += 0x9e3779b97f4a7c15ull;

@@ -18,6 +18,14 @@
 #define RULE SGD
 #endif
 
+// Threads of a block that takes short rows, at most, and what a multiprocessor must hold of them: as many as registers
+// allow without spilling.
+#if RULE >= ADAM
+#define SHORT_BOUNDS 256, 3
+#else
+#define SHORT_BOUNDS 256, 4
+#endif
+
 #define ROWWISE (RULE == ROWWISE_ADAGRAD || RULE == ROWWISE_ADAM)
 // Floats of state that each value has, apart from what its row has.
 #define STATES (RULE == ADAM ? 2 : RULE == ADAGRAD || RULE == ROWWISE_ADAM ? 1 : 0)
@@ -62,26 +70,25 @@ template <int VEC> __device__ __forceinline__ void load_codes(const u8* row, u32
 }
 
 // The upper half of a float, rounded to nearest even, or up by chance.
-__device__ __forceinline__ u32 bf16_bits(float x, const Step& step, u64 row_noise, u32 column) {
+__device__ __forceinline__ u32 bf16_bits(float x, bool stochastic, u32 noise) {
     const u32 bits = __float_as_uint(x);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return (bits >> 16) | 0x40u;
-    if (step.stochastic && (bits & 0x7f800000u) != 0x7f800000u) {
-        const u32 noise = (u32)(mix(row_noise + column) >> 32);
-        return (bits + (noise & 0xffffu)) >> 16;
-    }
+    if (stochastic && (bits & 0x7f800000u) != 0x7f800000u) return (bits + (noise & 0xffffu)) >> 16;
     return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
 }
 
 template <int VEC>
 __device__ __forceinline__ void store_codes(u8* row, u32 column, const float (&x)[VEC], const Step& step, u64 row_noise) {
 #if ELEM == F32
-    write_floats<VEC>((float*)row + column, true, x);
+    write_once<VEC>((float*)row + column, x);
 #else
+    // Four neighbours share 64 random bits: core's `Step::noise`.
+    const u64 noise = step.stochastic ? mix(row_noise + column / 4) >> (16 * (column % 4)) : 0;
     u32 c[VEC];
 #pragma unroll
-    for (int i = 0; i < VEC; i++) c[i] = bf16_bits(x[i], step, row_noise, column + i);
+    for (int i = 0; i < VEC; i++) c[i] = bf16_bits(x[i], step.stochastic, (u32)(noise >> (16 * i)));
     if constexpr (VEC == 4) {
-        *(uint2*)((u16*)row + column) = make_uint2(c[0] | c[1] << 16, c[2] | c[3] << 16);
+        __stcs((uint2*)((u16*)row + column), make_uint2(c[0] | c[1] << 16, c[2] | c[3] << 16));
     } else {
         ((u16*)row)[column] = (u16)c[0];
     }
@@ -143,23 +150,28 @@ template <int VEC> struct Columns {
 __device__ __forceinline__ float row_rate(const float* grad, u32 dim, float* state, const Step& step) {
     const u32 lane = threadIdx.x % 32;
     float sum = 0.0f;
+    const float* state_at = RULE == ROWWISE_ADAGRAD ? state : state + dim;
+    const float old = *state_at;
     if (lane < 16) {
-#pragma unroll 8
-        for (u32 i = lane; i < dim; i += 16) sum += grad[i] * grad[i];
-    }
-    float mean = 0.0f;
+        u32 i = lane;
+        for (; i + 112 < dim; i += 128) {
+            float g[8];
 #pragma unroll
-    for (int l = 0; l < 16; l++) mean += __shfl_sync(FULL, sum, l);
+            for (int k = 0; k < 8; k++) g[k] = grad[i + 16 * k];
+#pragma unroll
+            for (int k = 0; k < 8; k++) sum += g[k] * g[k];
+        }
+        for (; i < dim; i += 16) sum += grad[i] * grad[i];
+    }
+    float lanes[16], mean = 0.0f;
+#pragma unroll
+    for (int l = 0; l < 16; l++) lanes[l] = __shfl_sync(FULL, sum, l);
+#pragma unroll
+    for (int l = 0; l < 16; l++) mean += lanes[l];
     mean = mean / (float)dim;
-#if RULE == ROWWISE_ADAGRAD
-    const float total = state[0] + mean;
-    float* at = state;
-#else
-    const float total = step.beta2 * state[dim] + step.one_less_beta2 * mean;
-    float* at = state + dim;
-#endif
+    const float total = RULE == ROWWISE_ADAGRAD ? old + mean : step.beta2 * old + step.one_less_beta2 * mean;
     __syncwarp();
-    if (lane == 0) *at = total;
+    if (lane == 0) *(float*)state_at = total;
     return step.rate / (sqrtf(total) + step.eps);
 }
 #endif
@@ -170,9 +182,6 @@ __device__ __forceinline__ void change_row(const Rows& table, const Step& step, 
     u8* row = table.codes + (u64)id * table.dim * SIZE;
     float* state = table.state + (u64)id * table.state_len;
     const u64 row_noise = step.stochastic ? mix(step.seed ^ (step.count + id)) : 0;
-    // The row and its state are asked for before the entries are looked at: all of it is far away.
-    fetch_ahead(row, table.dim * SIZE);
-    fetch_ahead(state, table.state_len * 4);
 #if ROWWISE
     __shared__ float rate;
     gradient([&](u32 column, float(&g)[VEC]) {
@@ -255,25 +264,26 @@ __device__ __forceinline__ void update_short(const Rows& table, const Step& step
     __shared__ u32 share;
     if (stopped(flag)) return;
     const u32 unique = plan.count();
-    u32 u = blockIdx.x, id = 0, start = 0, end = 0;
-    if (u < unique) {
-        id = __ldg(plan.rows + u);
-        plan.range(u, start, end);
-    }
-    while (u < unique) {
-        // The next row is looked up while this one is changed.
-        const u32 next = u + gridDim.x;
-        u32 next_id = 0, next_start = 0, next_end = 0;
-        if (next < unique) {
-            next_id = __ldg(plan.rows + next);
-            plan.range(next, next_start, next_end);
+    Walk at;
+    at.begin(plan, gradient, unique);
+    u32 id = at.u < unique ? __ldg(plan.rows + at.u) : 0u;
+    u32 next_id = at.u + gridDim.x < unique ? __ldg(plan.rows + at.u + gridDim.x) : 0u;
+    while (at.u < unique) {
+        at.look_ahead(plan, gradient, unique);
+        // The next row and its state are asked for early, for they are far away.
+        if (next_id < table.rows) {
+            fetch_ahead(table.codes + (u64)next_id * table.dim * SIZE, table.dim * SIZE);
+            fetch_ahead(table.state + (u64)next_id * table.state_len, table.state_len * 4);
         }
-        if (!no_row(id, table, flag, op) && !lists.take(u, end - start, &share)) {
+        const u64 last = (u64)at.u + 2 * gridDim.x;
+        const u32 last_id = last < unique ? __ldg(plan.rows + last) : 0u;
+        if (!no_row(id, table, flag, op) && !lists.take(at.u, at.end - at.start, &share)) {
             change_row<VEC>(table, step, id, shared, [&](const auto& out) {
-                gradient.sum_short<VEC>(plan, start, end, out);
+                gradient.sum_short<VEC>(plan, at.start, at.end, at.row, at.weight, out);
             });
         }
-        u = next, id = next_id, start = next_start, end = next_end;
+        at.advance();
+        id = next_id, next_id = last_id;
     }
 }
 
@@ -310,7 +320,7 @@ __device__ __forceinline__ void update_long(const Rows& table, const Step& step,
         extern __shared__ __align__(16) float shared[];                                                               \
         update<VEC>(table, step, plan, grads, limit, shared, flag, op);                                               \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(512) update_short_##VEC(                                             \
+    extern "C" __global__ void __launch_bounds__(SHORT_BOUNDS) update_short_##VEC(                                         \
         Rows table, Step step, Plan plan, Gradient gradient, Lists lists, u32* flag, u32 op) {                        \
         extern __shared__ __align__(16) float shared[];                                                               \
         update_short<VEC>(table, step, plan, gradient, lists, shared, flag, op);                                      \

@@ -10,7 +10,7 @@
 
 #define THREADS 256
 #define WARPS (THREADS / 32)
-#define ITEMS 4
+#define ITEMS 8
 #define TILE (THREADS * ITEMS)
 #define WARP_ITEMS (32 * ITEMS)
 
@@ -72,26 +72,32 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_scan(u32* __restrict_
 }
 
 // Puts every entry behind those of smaller digits, of earlier tiles, and of its own tile before it. In the first pass the
-// entries are their own positions.
+// entries are their own positions. A tile is put in order in shared memory first, so that what goes to neighbouring places
+// is written together.
 extern "C" __global__ void __launch_bounds__(THREADS) plan_scatter(
     const u32* __restrict__ keys, const u32* __restrict__ entries, u32 n, u64 rows, u32 shift, u32 digits,
     const u32* __restrict__ counts, const u32* __restrict__ totals, u32 tiles, u32 first_pass,
     u32* __restrict__ keys_out, u32* __restrict__ entries_out) {
     __shared__ u32 warp_counts[WARPS][256];
     __shared__ u32 warp_sums[WARPS];
+    __shared__ u32 from_tile[256];
+    __shared__ u32 tile_keys[TILE];
+    __shared__ u32 tile_entries[TILE];
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) warp_counts[w][threadIdx.x] = 0;
-    __syncthreads();
-
     const u32 base = blockIdx.x * TILE + warp * WARP_ITEMS + lane;
-    u32 key[ITEMS], rank[ITEMS];
+    u32 key[ITEMS], entry[ITEMS], rank[ITEMS];
 #pragma unroll
     for (int j = 0; j < ITEMS; j++) {
         const u32 i = base + j * 32;
         key[j] = i < n ? keys[i] : 0u;
+        entry[j] = first_pass || i >= n ? i : entries[i];
         if (first_pass && key[j] >= rows) key[j] = 0u;
     }
+    const u32 before_tile = threadIdx.x < digits ? counts[threadIdx.x * tiles + blockIdx.x] : 0u;
+    const u32 of_digit = threadIdx.x < digits ? totals[threadIdx.x] : 0u;
+    __syncthreads();
 #pragma unroll
     for (int j = 0; j < ITEMS; j++) {
         const bool valid = base + j * 32 < n;
@@ -104,25 +110,38 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_scatter(
         __syncwarp();
     }
     __syncthreads();
-    u32 all;
-    const u32 digit_start = scan_block(threadIdx.x < digits ? totals[threadIdx.x] : 0u, warp_sums, all);
-    if (threadIdx.x < digits) {
-        u32 start = digit_start + counts[threadIdx.x * tiles + blockIdx.x];
+    // A digit's place among all entries, and in this tile.
+    u32 all, in_tile = 0;
+    const u32 digit_start = scan_block(of_digit, warp_sums, all);
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            const u32 count = warp_counts[w][threadIdx.x];
-            warp_counts[w][threadIdx.x] = start;
-            start += count;
-        }
+    for (int w = 0; w < WARPS; w++) {
+        const u32 count = warp_counts[w][threadIdx.x];
+        warp_counts[w][threadIdx.x] = in_tile;
+        in_tile += count;
     }
+    const u32 tile_start = scan_block(in_tile, warp_sums, all);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) warp_counts[w][threadIdx.x] += tile_start;
+    // May wrap around: only its sum with a place in the tile means something.
+    from_tile[threadIdx.x] = digit_start + before_tile - tile_start;
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < ITEMS; j++) {
-        const u32 i = base + j * 32;
-        if (i < n) {
-            const u32 to = warp_counts[warp][(key[j] >> shift) & (digits - 1)] + rank[j];
-            keys_out[to] = key[j];
-            entries_out[to] = first_pass ? i : entries[i];
+        if (base + j * 32 < n) {
+            const u32 at = warp_counts[warp][(key[j] >> shift) & (digits - 1)] + rank[j];
+            tile_keys[at] = key[j];
+            tile_entries[at] = entry[j];
+        }
+    }
+    __syncthreads();
+    const u32 len = min(n - blockIdx.x * TILE, (u32)TILE);
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        const u32 at = j * THREADS + threadIdx.x;
+        if (at < len) {
+            const u32 to = at + from_tile[(tile_keys[at] >> shift) & (digits - 1)];
+            keys_out[to] = tile_keys[at];
+            entries_out[to] = tile_entries[at];
         }
     }
 }
@@ -196,23 +215,16 @@ __device__ __forceinline__ void reduce_short(const Plan& plan, const Gradient& g
                                              const Destination& to, u32* flag, u32 op) {
     __shared__ u32 share;
     const u32 unique = plan.count();
-    u32 u = blockIdx.x, start = 0, end = 0;
-    if (u < unique) plan.range(u, start, end);
-    while (u < unique) {
-        // The next row is looked up while this one is summed.
-        const u32 next = u + gridDim.x;
-        u32 next_start = 0, next_end = 0;
-        if (next < unique) plan.range(next, next_start, next_end);
-        if (!lists.take(u, end - start, &share)) {
-            const u64 row = to.of(plan, u, flag, op);
-            if (row != FULL) {
-                float* out = to.out + row * gradient.dim;
-                gradient.sum_short<VEC>(plan, start, end, [&](u32 column, float(&sum)[VEC]) {
-                    write_floats<VEC>(out + column, true, sum);
-                });
-            }
-        }
-        u = next, start = next_start, end = next_end;
+    Walk at;
+    for (at.begin(plan, gradient, unique); at.u < unique; at.advance()) {
+        at.look_ahead(plan, gradient, unique);
+        if (lists.take(at.u, at.end - at.start, &share)) continue;
+        const u64 row = to.of(plan, at.u, flag, op);
+        if (row == FULL) continue;
+        float* out = to.out + row * gradient.dim;
+        gradient.sum_short<VEC>(plan, at.start, at.end, at.row, at.weight, [&](u32 column, float(&sum)[VEC]) {
+            write_once<VEC>(out + column, sum);
+        });
     }
 }
 
@@ -227,7 +239,7 @@ __device__ __forceinline__ void reduce_middle(const Plan& plan, const Gradient& 
         if (row == FULL) continue;
         float* out = to.out + row * gradient.dim;
         gradient.sum_row<VEC, 8>(plan, start, end, [&](u32 column, float(&sum)[VEC]) {
-            write_floats<VEC>(out + column, true, sum);
+            write_once<VEC>(out + column, sum);
         });
     }
 }
@@ -272,7 +284,7 @@ __device__ __forceinline__ void reduce_long(const Plan& plan, const Gradient& gr
 }
 
 #define REDUCE(VEC)                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(512) reduce_short_##VEC(                                             \
+    extern "C" __global__ void __launch_bounds__(256, 4) reduce_short_##VEC(                                           \
         Plan plan, Gradient gradient, Lists lists, Destination to, u32* flag, u32 op) {                               \
         reduce_short<VEC>(plan, gradient, lists, to, flag, op);                                                       \
     }                                                                                                                 \

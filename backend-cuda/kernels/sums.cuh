@@ -172,16 +172,50 @@ struct Gradient {
         }
     }
 
-    // The same for a short row, with as many pieces in flight as registers allow.
+    // The same for a short row, whose first two entries the lanes hold, with as many pieces in flight as registers allow.
     template <int VEC, class Out>
-    __device__ __forceinline__ void sum_short(const Plan& plan, u32 start, u32 end, const Out& out) const {
-        const u32 lane = threadIdx.x % 32, count = end - start;
-        if (count > 2) return sum_row<VEC, 4>(plan, start, end, out);
-        u32 row = 0;
-        float weight = 0.0f;
-        if (lane < count) entry(plan, start + lane, row, weight);
-        if (count == 1) sum_few<VEC, 4, 1>(row, weight, count, out);
-        else sum_few<VEC, 2, 2>(row, weight, count, out);
+    __device__ __forceinline__ void sum_short(const Plan& plan, u32 start, u32 end, u32 row, float weight,
+                                              const Out& out) const {
+        if (end - start > 2) sum_row<VEC, 3>(plan, start, end, out);
+        else if (end - start == 2) sum_few<VEC, 1, 2>(row, weight, 2, out);
+        else sum_few<VEC, 2, 1>(row, weight, end - start, out);
+    }
+};
+
+// A block's way through the rows of a plan: one row in hand, the entries of the next asked for, the place of the one behind.
+struct Walk {
+    u32 u, start, end, row;
+    float weight;
+    u32 next_start, next_end, next_row;
+    float next_weight;
+    u32 last_start, last_end;
+
+    __device__ __forceinline__ void range(const Plan& plan, u32 unique, u32 at, u32& from, u32& to) const {
+        from = to = 0;
+        if (at < unique && at >= blockIdx.x) plan.range(at, from, to);
+    }
+    __device__ __forceinline__ void entry(const Plan& plan, const Gradient& gradient, u32 from, u32 to, u32& row,
+                                          float& weight) const {
+        const u32 lane = threadIdx.x % 32;
+        row = 0, weight = 0.0f;
+        if (lane < 2 && from + lane < to) gradient.entry(plan, from + lane, row, weight);
+    }
+    __device__ __forceinline__ void begin(const Plan& plan, const Gradient& gradient, u32 unique) {
+        u = blockIdx.x;
+        range(plan, unique, u, start, end);
+        range(plan, unique, u + gridDim.x, next_start, next_end);
+        entry(plan, gradient, start, end, row, weight);
+    }
+    // Asks for what the next rows need. Comes before the work on this row.
+    __device__ __forceinline__ void look_ahead(const Plan& plan, const Gradient& gradient, u32 unique) {
+        entry(plan, gradient, next_start, next_end, next_row, next_weight);
+        range(plan, unique, u + 2 * gridDim.x, last_start, last_end);
+    }
+    // To the next row. Comes behind the work on this one.
+    __device__ __forceinline__ void advance() {
+        u += gridDim.x;
+        start = next_start, end = next_end, row = next_row, weight = next_weight;
+        next_start = last_start, next_end = last_end;
     }
 };
 

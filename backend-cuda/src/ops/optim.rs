@@ -8,7 +8,7 @@ use memlayer_core::ops::plan::{CHUNK, RowGradient, RowPlan};
 use memlayer_core::random::mix;
 use memlayer_core::{Scratch, ScratchReq, Table, Trainable};
 
-use super::plan::{Destination, GradientArg, Lists, LongRows, PlanArg, SHORT, SHORT_PIECES, pieces, row_block};
+use super::plan::{Destination, GradientArg, Lists, LongRows, PlanArg, SHORT, pieces, row_block, short_block};
 use super::{aligned, number_of, size};
 use crate::Cuda;
 use crate::error::CudaError;
@@ -162,9 +162,9 @@ impl Update {
     fn args(&self) -> Args {
         Args::new().value(self.rows).value(self.factors).value(self.plan)
     }
-    /// Threads of a block, each taking so many pieces of a row.
-    fn block(&self, wide: bool, each: usize) -> u32 {
-        row_block(pieces(self.rows.dim as usize, wide), each)
+    /// Pieces of a row.
+    fn pieces(&self, wide: bool) -> usize {
+        pieces(self.rows.dim as usize, wide)
     }
 }
 
@@ -185,7 +185,7 @@ impl<E: Trainable, O: DeviceRule> RowUpdate<TrainRows<'_, E>, O> for Cuda {
         const OP: &str = "update";
         let update = self.update_of(OP, &table, rule, step, &plan)?;
         let wide = update.wide && aligned(grads.pointer(), table.dim);
-        let block = update.block(wide, SHORT_PIECES);
+        let block = short_block(update.pieces(wide));
         let entries = plan.entries.len();
         if entries == 0 {
             return Ok(());
@@ -232,12 +232,12 @@ impl<E: Trainable, O: DeviceRule> RowUpdate<TrainRows<'_, E>, O> for Cuda {
             args.value(self.flag.view().pointer()).value(number_of(OP))
         };
         let kernel = self.kernels.get(update.variant, if wide { "update_short_4" } else { "update_short_1" })?;
-        let block = update.block(wide, SHORT_PIECES);
+        let block = short_block(update.pieces(wide));
         let shape = Shape::new(self.row_blocks(entries, block), block).shared(update.shared);
         self.stream.launch(&kernel, shape, &mut args())?;
         if entries > SHORT {
             let kernel = self.kernels.get(update.variant, if wide { "update_middle_4" } else { "update_middle_1" })?;
-            let block = update.block(wide, 1);
+            let block = row_block(update.pieces(wide));
             let shape = Shape::new(self.row_blocks(entries.div_ceil(SHORT), block), block).shared(update.shared);
             self.stream.launch(&kernel, shape, &mut args())?;
         }
@@ -273,7 +273,7 @@ impl Cuda {
                 .value(slots.pointer())
                 .value(size(op, "entries", first)?)
                 .value(self.flag.view().pointer());
-            let shape = Shape::new(count, update.block(wide, 1)).shared(update.shared);
+            let shape = Shape::new(count, row_block(update.pieces(wide))).shared(update.shared);
             self.stream.launch(&kernel, shape, &mut args)?;
         }
         Ok(())

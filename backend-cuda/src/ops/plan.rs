@@ -14,7 +14,7 @@ use crate::memory::{View, ViewMut};
 
 /// Threads of the kernels that sort, and the entries a block of them takes.
 const THREADS: u32 = 256;
-const TILE: usize = 1024;
+const TILE: usize = 2048;
 /// Digits of the sort have this many bits at most.
 const DIGIT_BITS: u32 = 8;
 /// Blocks that sum squares.
@@ -123,13 +123,16 @@ pub(crate) const fn pieces(dim: usize, wide: bool) -> usize {
     dim.div_ceil(if wide { 4 } else { 1 })
 }
 
-/// Threads of a block that takes a row of `pieces`, `each` of them a thread.
-pub(crate) fn row_block(pieces: usize, each: usize) -> u32 {
-    u32::try_from(pieces.div_ceil(each).next_multiple_of(32).clamp(32, 512)).unwrap_or(512)
+/// Threads of a block that takes a row of `pieces` alone: one each, as far as a block goes.
+pub(crate) fn row_block(pieces: usize) -> u32 {
+    u32::try_from(pieces.next_multiple_of(32).clamp(32, 512)).unwrap_or(512)
 }
 
-/// Pieces of a short row that a thread takes: rows are far apart, and it is many rows at a time that hide that.
-pub(crate) const SHORT_PIECES: usize = 8;
+/// Threads of a block that takes short rows: eight pieces each, for it is many rows at a time that hide how far apart
+/// they are.
+pub(crate) fn short_block(pieces: usize) -> u32 {
+    u32::try_from(pieces.div_ceil(8).next_multiple_of(32).clamp(32, 256)).unwrap_or(256)
+}
 
 impl Cuda {
     /// Empty lists.
@@ -158,11 +161,11 @@ impl Cuda {
             args.value(self.flag.view().pointer()).value(number_of(op))
         };
         let kernel = self.kernels.get(VARIANT, if wide { "reduce_short_4" } else { "reduce_short_1" })?;
-        let block = row_block(pieces(dim, wide), SHORT_PIECES);
+        let block = short_block(pieces(dim, wide));
         self.stream.launch(&kernel, Shape::new(self.row_blocks(entries, block), block), &mut args())?;
         if entries > SHORT {
             let kernel = self.kernels.get(VARIANT, if wide { "reduce_middle_4" } else { "reduce_middle_1" })?;
-            let block = row_block(pieces(dim, wide), 1);
+            let block = row_block(pieces(dim, wide));
             let rows = entries.div_ceil(SHORT);
             self.stream.launch(&kernel, Shape::new(self.row_blocks(rows, block), block), &mut args())?;
         }
