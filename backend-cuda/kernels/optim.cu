@@ -56,10 +56,10 @@ template <int VEC> __device__ __forceinline__ void load_codes(const u8* row, u32
     Raw<VEC * SIZE> raw;
     const u8* p = row + (u64)column * SIZE;
     if constexpr (VEC * SIZE == 16) {
-        const uint4 v = *(const uint4*)p;
+        const uint4 v = __ldcs((const uint4*)p);
         raw.w[0] = v.x, raw.w[1] = v.y, raw.w[2] = v.z, raw.w[3] = v.w;
     } else if constexpr (VEC * SIZE == 8) {
-        const uint2 v = *(const uint2*)p;
+        const uint2 v = __ldcs((const uint2*)p);
         raw.w[0] = v.x, raw.w[1] = v.y;
     } else if constexpr (VEC * SIZE == 4) {
         raw.w[0] = *(const u32*)p;
@@ -69,12 +69,10 @@ template <int VEC> __device__ __forceinline__ void load_codes(const u8* row, u32
     decode<ELEM, VEC>(raw, x);
 }
 
-// The upper half of a float, rounded to nearest even, or up by chance.
-__device__ __forceinline__ u32 bf16_bits(float x, bool stochastic, u32 noise) {
-    const u32 bits = __float_as_uint(x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return (bits >> 16) | 0x40u;
-    if (stochastic && (bits & 0x7f800000u) != 0x7f800000u) return (bits + (noise & 0xffffu)) >> 16;
-    return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+// The upper half of a float, by what is added below the cut: it carries as it must, up to infinity. NaN stays NaN.
+__device__ __forceinline__ u32 round_up(u32 bits, u32 below) {
+    if ((bits & 0x7f800000u) == 0x7f800000u) return bits << 9 ? bits | 0x400000u : bits;
+    return bits + below;
 }
 
 template <int VEC>
@@ -82,15 +80,24 @@ __device__ __forceinline__ void store_codes(u8* row, u32 column, const float (&x
 #if ELEM == F32
     write_once<VEC>((float*)row + column, x);
 #else
-    // Four neighbours share 64 random bits: core's `Step::noise`.
-    const u64 noise = step.stochastic ? mix(row_noise + column / 4) >> (16 * (column % 4)) : 0;
     u32 c[VEC];
+    if (step.stochastic) {
+        // Up by chance. Four neighbours share 64 random bits: core's `Step::noise`.
+        const u64 noise = mix(row_noise + column / 4) >> (16 * (column % 4));
 #pragma unroll
-    for (int i = 0; i < VEC; i++) c[i] = bf16_bits(x[i], step.stochastic, (u32)(noise >> (16 * i)));
-    if constexpr (VEC == 4) {
-        __stcs((uint2*)((u16*)row + column), make_uint2(c[0] | c[1] << 16, c[2] | c[3] << 16));
+        for (int i = 0; i < VEC; i++) c[i] = round_up(__float_as_uint(x[i]), (u32)(noise >> (16 * i)) & 0xffffu);
     } else {
-        ((u16*)row)[column] = (u16)c[0];
+        // To nearest, ties to even.
+#pragma unroll
+        for (int i = 0; i < VEC; i++) {
+            const u32 bits = __float_as_uint(x[i]);
+            c[i] = round_up(bits, 0x7fffu + (bits >> 16 & 1u));
+        }
+    }
+    if constexpr (VEC == 4) {
+        __stcs((uint2*)((u16*)row + column), make_uint2(__byte_perm(c[0], c[1], 0x7632), __byte_perm(c[2], c[3], 0x7632)));
+    } else {
+        ((u16*)row)[column] = (u16)(c[0] >> 16);
     }
 #endif
 }

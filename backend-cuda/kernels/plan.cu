@@ -266,7 +266,7 @@ __device__ __forceinline__ void reduce_long(const Plan& plan, const Gradient& gr
         const u32 from = chunks + warp * CHUNK;
         if (from < end) {
             float sum[VEC];
-            gradient.sum_warp<VEC, (VEC == 4 ? 12 : 8)>(plan, from, min(from + CHUNK, end), column, mine, sum);
+            gradient.sum_warp<VEC, 5>(plan, from, min(from + CHUNK, end), column, mine, sum);
 #pragma unroll
             for (int i = 0; i < VEC; i++) partial[warp][lane * VEC + i] = sum[i];
         }
@@ -292,7 +292,7 @@ __device__ __forceinline__ void reduce_long(const Plan& plan, const Gradient& gr
         Plan plan, Gradient gradient, Lists lists, Destination to, u32* flag, u32 op) {                               \
         reduce_middle<VEC>(plan, gradient, lists, to, flag, op);                                                      \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(HOT_WARPS * 32) reduce_long_##VEC(                                   \
+    extern "C" __global__ void __launch_bounds__(HOT_WARPS * 32, 2) reduce_long_##VEC(                                \
         Plan plan, Gradient gradient, Lists lists, Destination to, u32 first, u32 slots, u32* flag, u32 op) {         \
         reduce_long<VEC>(plan, gradient, lists, to, first, slots, flag, op);                                          \
     }

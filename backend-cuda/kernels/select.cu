@@ -403,6 +403,99 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS)
     }
 }
 
+// Scores of many tokens: each block 128 tokens by 128 sub-keys of a half, each thread 8 by 8 of them. A score is one chain in
+// the order of the depth, so it depends on nothing but its query and key. `dim` is a multiple of DEPTH, and queries and keys
+// are aligned to 16 bytes. Twice 128 * DEPTH floats travel to shared memory while the last ones are multiplied.
+#define SIDE 128
+#define DEPTH 8
+// Loads of 16 bytes that a thread makes of one side.
+#define LOADS (SIDE * DEPTH / 4 / 256)
+#define PITCH (SIDE + 4)
+__device__ __forceinline__ void load_side(const float* __restrict__ from, u64 stride, u32 first, u32 end, u32 depth,
+                                          float4 (&x)[LOADS]) {
+#pragma unroll
+    for (int j = 0; j < LOADS; j++) {
+        const u32 at = threadIdx.x + 256 * j, row = first + at / (DEPTH / 4);
+        x[j] = row < end ? __ldg((const float4*)(from + row * stride + depth + at % (DEPTH / 4) * 4)) : make_float4(0, 0, 0, 0);
+    }
+}
+__device__ __forceinline__ void store_side(float (*side)[PITCH], const float4 (&x)[LOADS]) {
+#pragma unroll
+    for (int j = 0; j < LOADS; j++) {
+        const u32 at = threadIdx.x + 256 * j, row = at / (DEPTH / 4), depth = at % (DEPTH / 4) * 4;
+        side[depth][row] = x[j].x;
+        side[depth + 1][row] = x[j].y;
+        side[depth + 2][row] = x[j].z;
+        side[depth + 3][row] = x[j].w;
+    }
+}
+extern "C" __global__ void __launch_bounds__(256, 2)
+    score_tiles(const float* __restrict__ queries, const float* __restrict__ keys, u32 tokens, u32 halves, u32 n, u32 dim,
+                float* __restrict__ scores) {
+    __shared__ __align__(16) float sides[2][2][DEPTH][PITCH];
+    const u32 half = blockIdx.y % halves, first_token = blockIdx.y / halves * SIDE, first_key = blockIdx.x * SIDE;
+    queries += (u64)half * dim;
+    keys += (u64)half * n * dim;
+    scores += (u64)half * tokens * n;
+    const u64 stride = (u64)halves * dim;
+    const u32 tx = threadIdx.x % 16 * 4, ty = threadIdx.x / 16 * 4;
+    float sum[8][8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum[i][j] = 0.0f;
+    }
+    float4 next_queries[LOADS], next_keys[LOADS];
+    load_side(queries, stride, first_token, tokens, 0, next_queries);
+    load_side(keys, dim, first_key, n, 0, next_keys);
+    store_side(sides[0][0], next_queries);
+    store_side(sides[0][1], next_keys);
+    __syncthreads();
+    for (u32 depth = 0, now = 0; depth < dim; depth += DEPTH, now ^= 1) {
+        const bool more = depth + DEPTH < dim;
+        if (more) {
+            load_side(queries, stride, first_token, tokens, depth + DEPTH, next_queries);
+            load_side(keys, dim, first_key, n, depth + DEPTH, next_keys);
+        }
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++) {
+            const float4 a0 = *(const float4*)&sides[now][0][d][ty], a1 = *(const float4*)&sides[now][0][d][ty + 64];
+            const float4 b0 = *(const float4*)&sides[now][1][d][tx], b1 = *(const float4*)&sides[now][1][d][tx + 64];
+            const float a[8] = {a0.x, a0.y, a0.z, a0.w, a1.x, a1.y, a1.z, a1.w};
+            const float b[8] = {b0.x, b0.y, b0.z, b0.w, b1.x, b1.y, b1.z, b1.w};
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+#pragma unroll
+                for (int j = 0; j < 8; j++) sum[i][j] = fmaf(a[i], b[j], sum[i][j]);
+            }
+        }
+        if (more) {
+            store_side(sides[now ^ 1][0], next_queries);
+            store_side(sides[now ^ 1][1], next_keys);
+        }
+        __syncthreads();
+    }
+    const bool wide = n % 4 == 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const u32 token = first_token + ty + i % 4 + i / 4 * 64;
+        if (token >= tokens) continue;
+#pragma unroll
+        for (int j = 0; j < 8; j += 4) {
+            const u32 key = first_key + tx + j * 16;
+            float* out = scores + (u64)token * n + key;
+            if (wide && key < n) {
+                *(float4*)out = make_float4(sum[i][j], sum[i][j + 1], sum[i][j + 2], sum[i][j + 3]);
+            } else {
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    if (key + k < n) out[k] = sum[i][j + k];
+                }
+            }
+        }
+    }
+}
+
 // Packed keys as floats: row r of `out` is scale * code.
 extern "C" __global__ void __launch_bounds__(256) decode_keys(const u8* __restrict__ keys, const float* __restrict__ scales,
                                                              u32 dim, u32 group, u64 len, float* __restrict__ out) {

@@ -267,3 +267,21 @@ fn scores_on_tensor_cores_find_nearly_the_same_slots() {
         expected.chunks(32).zip(found.chunks(32)).map(|(e, f)| f.iter().filter(|id| e.contains(id)).count()).sum();
     assert!(shared * 100 >= expected.len() * 90, "{shared} of {} slots", expected.len());
 }
+
+#[test]
+fn selection_of_many_tokens_is_exact() {
+    let Some(cuda) = cuda() else { return skipped("cuda") };
+    for (seed, (tokens, heads, sub_keys, half_dim, top_k)) in
+        (20..).zip([(140, 2, 200, 24, 32), (130, 1, 257, 8, 100), (9, 3, 1100, 16, 20), (70, 1, 160, 40, 128)])
+    {
+        let dims = SelectDims { tokens, heads, parts: 2, sub_keys, half_dim, top_k };
+        let mut random = Random::new(seed);
+        // Small integers: scores are exact, and many are equal.
+        let queries = random.integers::<f32>(dims.queries_len(), 3);
+        let keys = random.integers::<f32>(dims.key_rows() * half_dim, 3);
+        let table = cuda.upload(&keys).expect("keys");
+        let rows = Rows::new(table.view(), half_dim);
+        let found = memlayer_tests::conformance::select::select_over(&cuda, dims, &queries, &rows).ids;
+        assert_eq!(found, memlayer_tests::conformance::select::brute_force(dims, &queries, &keys), "{dims:?}");
+    }
+}
