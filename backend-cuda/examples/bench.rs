@@ -1,6 +1,6 @@
 //! Times of the kernels on device 0: `cargo run --release --example bench -- [--json] [--quick] [NAME...]`.
 //!
-//! Every time is the median of repeated calls between device events, their inputs rotated among several sets. What a call
+//! `--quick` leaves widths out and repeats less. Every time is the median of repeated calls between device events, their inputs rotated among several sets. What a call
 //! must move (`bytes`) over that time is put beside what a device copy moves in the same run. Names pick what is measured:
 //! `bag_sum`, `bag_dot`, `sparse`, `step`, `select`, `decode`.
 
@@ -138,7 +138,13 @@ impl Bench {
     }
 
     /// Sums and dots of bags in one format.
-    fn bags<E: Element>(&self, width: usize, slots: usize, of: impl Fn(f32) -> E) -> Result<(), CudaError> {
+    fn bags<E: Element>(
+        &self,
+        tokens: usize,
+        width: usize,
+        slots: usize,
+        of: impl Fn(f32) -> E,
+    ) -> Result<(), CudaError> {
         let codes = self.codes(slots * width, of)?;
         let scaled = matches!(E::FORMAT, Format::Int8 | Format::E4m3 | Format::E5m2);
         let scales = self.cuda.upload(&vec![0.01f32; if scaled { slots } else { 0 }])?;
@@ -146,13 +152,13 @@ impl Bench {
             true => Rows::scaled(codes.view(), scales.view(), width, width).expect("a scale for each row"),
             false => Rows::new(codes.view(), width),
         };
-        let entries = TOKENS * BAG;
+        let entries = tokens * BAG;
         let weights = self.reals(entries, 3)?;
-        let vectors = self.reals(TOKENS * width, 4)?;
-        let mut out = self.cuda.zeros::<f32>(TOKENS * width)?;
+        let vectors = self.reals(tokens * width, 4)?;
+        let mut out = self.cuda.zeros::<f32>(tokens * width)?;
         let mut dots = self.cuda.zeros::<f32>(entries)?;
         let row_bytes = width * size_of::<E>() + if scaled { 4 } else { 0 };
-        let bytes = (entries * (row_bytes + 8) + TOKENS * width * 4) as f64;
+        let bytes = (entries * (row_bytes + 8) + tokens * width * 4) as f64;
         for zipf in [false, true] {
             let sets: Result<Vec<_>, _> = (0..SETS).map(|s| self.ids(entries, slots, zipf, s as u64)).collect();
             let sets = sets?;
@@ -160,7 +166,7 @@ impl Bench {
                 op: "bag_sum",
                 format: E::FORMAT.name(),
                 ids: if zipf { "zipf" } else { "uniform" },
-                tokens: TOKENS,
+                tokens,
                 width,
                 slots,
                 bytes,
@@ -373,14 +379,17 @@ fn main() -> Result<(), CudaError> {
     #[allow(clippy::cast_possible_truncation, reason = "any code does")]
     let e4m3 = |x: f32| E4m3((x.to_bits() >> 20) as u8 & 0x77);
     if bench.wants("bag_sum") || bench.wants("bag_dot") {
-        let widths: &[usize] = if bench.quick { &[256, 1000] } else { &[64, 100, 256, 1000, 1024, 4096] };
+        let widths: &[usize] = if bench.quick { &[256, 1024] } else { &[64, 100, 256, 1000, 1024, 4096] };
         for &width in widths {
-            bench.bags(width, 1 << 20, |x| x)?;
-            bench.bags(width, 1 << 20, Bf16::from_f32)?;
-            bench.bags(width, 1 << 20, int8)?;
-            bench.bags(width, 1 << 20, e4m3)?;
+            bench.bags(TOKENS, width, 1 << 20, |x| x)?;
+            bench.bags(TOKENS, width, 1 << 20, Bf16::from_f32)?;
+            bench.bags(TOKENS, width, 1 << 20, int8)?;
+            bench.bags(TOKENS, width, 1 << 20, e4m3)?;
         }
-        bench.bags(1024, 1 << 22, Bf16::from_f32)?;
+        bench.bags(TOKENS, 1024, 1 << 22, Bf16::from_f32)?;
+        for tokens in [1, 32, 32_768] {
+            bench.bags(tokens, 1024, 1 << 20, Bf16::from_f32)?;
+        }
     }
     if bench.wants("step") || bench.wants("sparse") {
         for zipf in [false, true] {

@@ -21,7 +21,7 @@
 //! # Limits
 //!
 //! K is at most [`MAX_TOP_K`]; rows in training have at most as many values as fit into a block's shared memory (about
-//! 50 000) under row-wise rules; a call has fewer than 2^32 entries.
+//! 50 000) under row-wise rules; a plan has at most 2^31 entries.
 #![deny(unsafe_code)]
 
 mod error;

@@ -151,6 +151,19 @@ fn on_reference<O: RowRule>(rule: &O, step: &Step, case: &Case, table: &[Bf16], 
 }
 
 #[test]
+fn more_rows_of_middle_length_than_the_list_holds() {
+    let Some(cuda) = cuda() else { return skipped("cuda") };
+    let (rows, dim, each) = (70_000, 4, 34);
+    let mut random = Random::new(17);
+    let case = Case::new(&mut random, rows, dim, 2, rows * each);
+    let ids: Vec<u32> = (0..rows * each).map(|e| u32::try_from(e % rows).expect("a row")).collect();
+    let table = vec![Bf16::from_f32(0.5); rows * dim];
+    let found = step(&cuda, &Sgd, &Step::new(0.1, 1), &case, &table, &ids);
+    cuda.synchronize().expect("an update");
+    assert!(on_reference(&Sgd, &Step::new(0.1, 1), &case, &table, &ids) == found);
+}
+
+#[test]
 fn a_plan_of_a_bad_id_changes_no_row() {
     let Some(cuda) = cuda() else { return skipped("cuda") };
     let mut random = Random::new(11);

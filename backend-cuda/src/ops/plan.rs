@@ -21,6 +21,9 @@ const DIGIT_BITS: u32 = 8;
 const SUM_BLOCKS: u32 = 1024;
 const VARIANT: Variant = Variant::of(File::Plan);
 
+/// Entries of a plan, at most: kernels look a few rounds of rows ahead in 32 bits.
+const MOST_ENTRIES: usize = 1 << 31;
+
 /// A plan as kernels take it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
@@ -38,6 +41,9 @@ impl PlanArg {
     pub(crate) fn new(op: &'static str, plan: &RowPlan<'_, Cuda>) -> Result<Self, CudaError> {
         use memlayer_core::error::check_len;
         let entries = plan.entries.len();
+        if entries > MOST_ENTRIES {
+            return Err(CudaError::Unsupported { op, what: "a plan of more than 2^31 entries" });
+        }
         check_len(op, "unique", 1, plan.unique.len())?;
         check_len(op, "rows", entries, plan.rows.len())?;
         check_len(op, "starts", entries + 1, plan.starts.len())?;
@@ -250,6 +256,9 @@ impl RowReduce for Cuda {
         const OP: &str = "plan";
         let entries = ids.len();
         out.check(entries)?;
+        if entries > MOST_ENTRIES {
+            return Err(CudaError::Unsupported { op: OP, what: "a plan of more than 2^31 entries" });
+        }
         check_rows(OP, rows, entries)?;
         scratch.check(OP, self.plan_scratch(entries))?;
         let tiles = entries.div_ceil(TILE).max(1);

@@ -21,8 +21,9 @@ pub const MAX_TOP_K: usize = 1024;
 const THREADS: u32 = 128;
 /// Calls of so many tokens or fewer score sub-keys without cuBLAS: keys are read once for four tokens.
 const FEW: usize = 8;
-/// Scores of a tile of tokens, at most: they should still be in the second-level cache when they are read.
-const TILE_SCORES: usize = 4 << 20;
+/// Scores of a tile of tokens, at most. Tiles that fit into the second-level cache were slower: each is one more round of
+/// launches that do not fill the device.
+const TILE_SCORES: usize = 16 << 20;
 
 /// How a call is cut into tiles, and what its scratch holds.
 #[derive(Clone, Copy, Debug)]
@@ -125,11 +126,7 @@ impl<E: Element> SelectRows<Rows<'_, E>> for Cuda {
         let mut first = 0;
         while first < dims.tokens {
             let tokens = tiles.tokens.min(dims.tokens - first);
-            if operands.is_own(&dims) {
-                self.score_tile(&dims, &operands, first, tokens, &scores)?;
-            } else {
-                self.blas.product(&operands.tile(&dims, first, tokens, scores.pointer()))?;
-            }
+            self.blas.product(&operands.tile(&dims, first, tokens, scores.pointer()))?;
             self.choose(&args, first..first + tokens, &scores, &lists)?;
             first += tokens;
         }
@@ -203,7 +200,7 @@ impl<E: Element> SelectRows<Rows<'_, E>> for Cuda {
     }
 }
 
-/// Keys and queries as products read them.
+/// Keys and queries as cuBLAS reads them.
 #[derive(Clone, Copy, Debug)]
 struct OperandsOf {
     operands: Operands,
@@ -212,14 +209,6 @@ struct OperandsOf {
 }
 
 impl OperandsOf {
-    /// Whether our own kernel makes the scores: in f32 it is faster than cuBLAS at these sizes.
-    fn is_own(&self, dims: &SelectDims) -> bool {
-        self.operands == Operands::F32
-            && dims.half_dim.is_multiple_of(8)
-            && self.keys.is_multiple_of(16)
-            && self.queries.is_multiple_of(16)
-    }
-
     /// The scores of a tile, `[H * P, tokens, N]`: for each half, queries times keys transposed.
     fn tile(&self, dims: &SelectDims, first: usize, tokens: usize, scores: u64) -> Product {
         let (halves, n, c) = (dims.heads * dims.parts, dims.sub_keys, dims.half_dim);
@@ -280,30 +269,6 @@ impl Cuda {
             self.stream.launch(&kernel, Shape::new(self.blocks_for(len, 256), 256), &mut launch)?;
         }
         Ok(OperandsOf { operands: Operands::Bf16, keys: rounded, queries: query_room.pointer() })
-    }
-
-    /// The scores of a tile of tokens in f32, as [`OperandsOf::tile`] has them.
-    fn score_tile(
-        &self,
-        dims: &SelectDims,
-        operands: &OperandsOf,
-        first: usize,
-        tokens: usize,
-        scores: &ViewMut<'_, f32>,
-    ) -> Result<(), CudaError> {
-        const OP: &str = "select";
-        let (halves, n, c) = (dims.heads * dims.parts, dims.sub_keys, dims.half_dim);
-        let kernel = self.kernels.get(Variant::of(File::Select), "score_tiles")?;
-        let mut launch = Args::new()
-            .value(operands.queries + (first * halves * c * size_of::<f32>()) as u64)
-            .value(operands.keys)
-            .value(size(OP, "tokens", tokens)?)
-            .value(size(OP, "heads", halves)?)
-            .value(size(OP, "sub_keys", n)?)
-            .value(size(OP, "width of keys", c)?)
-            .write(scores);
-        let shape = Shape::new(n.div_ceil(128), 256).by(tokens.div_ceil(128) * halves);
-        self.stream.launch(&kernel, shape, &mut launch)
     }
 
     /// The scores of a call of few tokens: a warp reads a sub-key.
