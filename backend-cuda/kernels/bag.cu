@@ -152,14 +152,24 @@ __device__ __forceinline__ void dot_rows(
     if (real && lane % max(writers, 1u) == 0 && first + mine < bag) out[token * bag + first + mine] = sum;
 }
 
+// Registers: on Hopper as few as the loads in flight leave, for 1024 blocks are then one wave; nowhere so few that they
+// spill.
+#if __CUDA_ARCH__ == 900
+#define SUM_BOUNDS(NV) 128, (NV == 16 && ELEM == E5M2 ? 7 : 8)
+#define DOT_BOUNDS 128
+#else
+#define SUM_BOUNDS(NV) 128, (NV == 16 ? 5 : 7)
+#define DOT_BOUNDS 128, 4
+#endif
+
 #define BAG(NV, UNROLL)                                                                                               \
-    extern "C" __global__ void __launch_bounds__(128, 8) bag_sum_##NV(                                               \
+    extern "C" __global__ void __launch_bounds__(SUM_BOUNDS(NV)) bag_sum_##NV(                                               \
         const u8* table, const float* scales, u64 rows, u32 dim, u32 group, const u32* ids, const float* weights,     \
         float* out, u32 bag, u32 tokens, u32 accumulate, u32 team, u32 aligned, u32* flag, u32 op) {                  \
         sum_rows<NV, UNROLL>(table, scales, rows, dim, group, ids, weights, out, bag, tokens, accumulate, team,       \
                              aligned, flag, op);                                                                      \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(128) bag_dot_##NV(                                                   \
+    extern "C" __global__ void __launch_bounds__(DOT_BOUNDS) bag_dot_##NV(                                                   \
         const u8* table, const float* scales, u64 rows, u32 dim, u32 group, const u32* ids, const float* vectors,     \
         float* out, u32 bag, u32 tokens, u32 team, u32 aligned, u32* flag, u32 op) {                                  \
         dot_rows<NV>(table, scales, rows, dim, group, ids, vectors, out, bag, tokens, team, aligned, flag, op);       \

@@ -20,7 +20,7 @@
 
 // Threads of a block that takes short rows, at most, and what a multiprocessor must hold of them: as many as registers
 // allow without spilling.
-#if RULE >= ADAM
+#if RULE >= ADAM || (RULE == ADAGRAD && ELEM == F32)
 #define SHORT_BOUNDS 256, 3
 #else
 #define SHORT_BOUNDS 256, 4

@@ -195,6 +195,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_write(
     }
 }
 
+// Sources of a long row that a warp reads ahead, and blocks of such warps that a multiprocessor must hold: as many as
+// registers allow without spilling.
+#if __CUDA_ARCH__ == 900
+#define LONG_AHEAD 5
+#define LONG_BLOCKS 2
+#else
+#define LONG_AHEAD 4
+#define LONG_BLOCKS 1
+#endif
+
 // Where the gradient of row `u` of the plan goes: out[u], or out[rows[u]] if `scatter`. At most `limit` rows fit.
 struct Destination {
     float* out;
@@ -266,7 +276,7 @@ __device__ __forceinline__ void reduce_long(const Plan& plan, const Gradient& gr
         const u32 from = chunks + warp * CHUNK;
         if (from < end) {
             float sum[VEC];
-            gradient.sum_warp<VEC, 5>(plan, from, min(from + CHUNK, end), column, mine, sum);
+            gradient.sum_warp<VEC, LONG_AHEAD>(plan, from, min(from + CHUNK, end), column, mine, sum);
 #pragma unroll
             for (int i = 0; i < VEC; i++) partial[warp][lane * VEC + i] = sum[i];
         }
@@ -288,11 +298,11 @@ __device__ __forceinline__ void reduce_long(const Plan& plan, const Gradient& gr
         Plan plan, Gradient gradient, Lists lists, Destination to, u32* flag, u32 op) {                               \
         reduce_short<VEC>(plan, gradient, lists, to, flag, op);                                                       \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(512) reduce_middle_##VEC(                                            \
+    extern "C" __global__ void __launch_bounds__(512, 1) reduce_middle_##VEC(                                            \
         Plan plan, Gradient gradient, Lists lists, Destination to, u32* flag, u32 op) {                               \
         reduce_middle<VEC>(plan, gradient, lists, to, flag, op);                                                      \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(HOT_WARPS * 32, 2) reduce_long_##VEC(                                \
+    extern "C" __global__ void __launch_bounds__(HOT_WARPS * 32, LONG_BLOCKS) reduce_long_##VEC(                      \
         Plan plan, Gradient gradient, Lists lists, Destination to, u32 first, u32 slots, u32* flag, u32 op) {         \
         reduce_long<VEC>(plan, gradient, lists, to, first, slots, flag, op);                                          \
     }

@@ -14,6 +14,9 @@
 
 #define SELECT_THREADS 128
 
+// The lists of a block's warps, and what else the kernel says.
+extern __shared__ __align__(16) u64 lists[];
+
 // Ascending with the law's order of scores. NaNs are all one, zeros are all one.
 __device__ __forceinline__ u32 order(float score) {
     if (score != score) return FULL;
@@ -176,7 +179,6 @@ __device__ __forceinline__ void select_half(const float* __restrict__ scores, u3
 template <int SETS>
 __device__ __forceinline__ void halves_of(const float* __restrict__ scores, u32 tile, u32 halves, u32 n, u32 k, u32 capacity,
                                           u32* __restrict__ keys_out, u32* __restrict__ ids_out) {
-    extern __shared__ __align__(16) u64 lists[];
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const u64 row = (u64)blockIdx.x * (blockDim.x / 32) + warp;
     if (row >= (u64)tile * halves) return;
@@ -283,7 +285,6 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS)
     select_pairs(const float* __restrict__ scores, u32 tile, u32 heads, u32 parts, u32 n, u32 k, u32 pairs, u32 capacity,
                  const u32* __restrict__ keys, const u32* __restrict__ ids, u32* __restrict__ ids_out,
                  float* __restrict__ scores_out, float* __restrict__ weights_out) {
-    extern __shared__ __align__(16) u64 lists[];
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     u64* list = lists + warp * (capacity + 4 * k);
     u32* first_keys = (u32*)(list + capacity);
