@@ -161,7 +161,7 @@ pub trait Trainable: Element {
     /// `value` as a code.
     ///
     /// `noise` decides the rounding where `value` is no code: [`NEAREST`] rounds to nearest, ties to even; any
-    /// other value holds 32 uniformly random bits and rounds up with a probability equal to the fraction cut off,
+    /// other value holds uniformly random bits, of which the lower 16 are used, and rounds up with a probability equal to the fraction cut off,
     /// so that the expected code is `value` (stochastic rounding).
     fn store<F: Real>(value: F, noise: Option<u32>) -> Self;
 }

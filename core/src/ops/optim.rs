@@ -40,7 +40,8 @@ impl Step {
         Self { lr, count, grad_scale: 1.0, rounding: Rounding::Nearest }
     }
 
-    /// The noise for [`crate::Trainable::store`] of value `i` of row `id`.
+    /// The noise for [`crate::Trainable::store`] of value `i` of row `id`: its lower 16 bits are independent of those of
+    /// every other value.
     #[inline(always)]
     #[must_use]
     pub fn noise(&self, id: u32, i: usize) -> Option<u32> {
@@ -48,8 +49,9 @@ impl Step {
             Rounding::Nearest => None,
             Rounding::Stochastic { seed } => {
                 let row = mix(seed ^ mix(self.count).wrapping_add(u64::from(id)));
-                #[allow(clippy::cast_possible_truncation, reason = "32 of the 64 random bits are enough")]
-                Some((mix(row.wrapping_add(i as u64)) >> 32) as u32)
+                // Four values share 64 random bits, 16 for each: a narrow row is rounded by no more.
+                #[allow(clippy::cast_possible_truncation, reason = "the lower bits are this value's")]
+                Some((mix(row.wrapping_add(i as u64 / 4)) >> (16 * (i % 4))) as u32)
             }
         }
     }
@@ -184,12 +186,18 @@ pub struct RowwiseAdam {
 /// What the Adam rules multiply by.
 #[derive(Clone, Copy, Debug)]
 pub struct AdamFactors<F> {
-    rate: F,
-    eps: F,
-    beta1: F,
-    beta2: F,
-    one_less_beta1: F,
-    one_less_beta2: F,
+    /// The learning rate, with the corrections of both moments' bias.
+    pub rate: F,
+    /// Keeps the quotient finite.
+    pub eps: F,
+    /// Decay of the first moment.
+    pub beta1: F,
+    /// Decay of the second moment.
+    pub beta2: F,
+    /// `1 - beta1`, rounded once.
+    pub one_less_beta1: F,
+    /// `1 - beta2`, rounded once.
+    pub one_less_beta2: F,
 }
 
 fn adam_factors<F: Real>((beta1, beta2): (f64, f64), eps: f64, step: &Step) -> AdamFactors<F> {

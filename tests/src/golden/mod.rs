@@ -17,6 +17,8 @@ pub use file::{GoldenError, GoldenFile};
 use memlayer_core::Reference;
 use memlayer_cpu::Cpu;
 
+use crate::conformance::Subject;
+
 /// The bound of the relative error (L2 norm of the difference over that of the golden tensor) in `f64`: the files
 /// hold `f32`.
 pub const BOUND_F64: f64 = 2e-6;
@@ -117,6 +119,26 @@ pub fn check(file: &GoldenFile, cpus: &[Cpu]) -> Result<Vec<Outcome>, GoldenErro
         return Err(file.error(file::Problem::NotGolden));
     }
     Ok(outcomes)
+}
+
+/// Runs a golden file on one device, if it is of a layer or of row rules.
+///
+/// # Errors
+/// As [`check_file`].
+pub fn check_on<D>(path: &Path, device: &D) -> Result<Option<Outcome>, GoldenError>
+where
+    D: Subject<Error: core::error::Error + Send + Sync + 'static>,
+{
+    let file = GoldenFile::open(path)?;
+    let (tensors, indices_agree) = if file.has("grad_output") {
+        let (tensors, agree) = layer::LayerFile::read(&file)?.run(device, BOUND_F32)?;
+        (tensors, Some(agree))
+    } else if file.has("step0.rows") {
+        (optim::OptimFile::read(&file)?.run(device, BOUND_F32)?, None)
+    } else {
+        return Ok(None);
+    };
+    Ok(Some(Outcome { file: path.to_owned(), backend: device.label(), tensors, indices_agree }))
 }
 
 /// The golden files in `path`: itself, or those of a folder, by name.

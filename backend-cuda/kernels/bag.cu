@@ -1,0 +1,194 @@
+// Embedding bags: weighted sums of rows, and dots of rows with a vector.
+//
+// Contract. `table` holds `rows` rows (at least one) of `dim` codes of format ELEM, one after the other; `scales` is null
+// or holds ceil(dim / group) floats a row. `ids` and `weights` are `[tokens, bag]`. A team of `team` lanes (8, 16 or
+// 32, and 32 for bag_sum_few) works on one token; a lane reads NV neighbouring codes at once, so NV divides `dim` and `group`, and
+// table and rows are aligned to NV * SIZE bytes. `aligned` says whether `out` (`vectors`) and its rows are aligned to 16
+// bytes. An id that is no row raises the flag and reads the last row instead: the output of that bag then means nothing.
+//
+// bag_sum is a vertical sum: products, then sums, unfused, in order of the bag, from zero. A lane owns its columns, so
+// neither the team's size nor NV changes a bit. Bytes decide: every row is read once with the widest loads, and UNROLL
+// rows are in flight while the ids of the next ones already arrive.
+
+template <int NV, int UNROLL>
+__device__ __forceinline__ void sum_rows(
+    const u8* __restrict__ table, const float* __restrict__ scales, u64 rows, u32 dim, u32 group,
+    const u32* __restrict__ ids, const float* __restrict__ weights, float* __restrict__ out, u32 bag, u32 tokens,
+    u32 accumulate, u32 team, u32 aligned, u32* flag, u32 op) {
+    const u32 slices = (dim + team * NV - 1) / (team * NV);
+    const u64 task = ((u64)blockIdx.x * blockDim.x + threadIdx.x) / team;
+    const u32 lane = threadIdx.x % team;
+    const u64 token = task / slices;
+    const u32 column = ((u32)(task % slices) * team + lane) * NV;
+    // Lanes without columns stay, for lanes of a warp fetch ids for each other.
+    const bool real = token < tokens, mine = real && column < dim;
+    ids += real ? token * bag : 0;
+    weights += real ? token * bag : 0;
+    const u8* codes = table + (mine ? (u64)column * SIZE : 0);
+    const u64 stride = (u64)dim * SIZE;
+    const u32 groups = scales ? (dim + group - 1) / group : 0;
+    const float* scale = scales ? scales + (mine ? column / group : 0) : nullptr;
+    const u32 last = (u32)(rows - 1);
+    u32 greatest = 0;
+
+    float sum[NV];
+#pragma unroll
+    for (int i = 0; i < NV; i++) sum[i] = 0.0f;
+    u32 next_id = lane < bag ? __ldg(ids + lane) : 0u;
+    float next_weight = lane < bag ? __ldg(weights + lane) : 0.0f;
+    for (u32 base = 0; base < bag; base += team) {
+        // A lane looks at its id once, and folds its row's one scale into the weight.
+        greatest = max(greatest, next_id);
+        const u32 id = min(next_id, last);
+        float weight = next_weight;
+        if (groups == 1) weight *= __ldg(scales + id);
+        const u32 at = base + team + lane;
+        next_id = at < bag ? __ldg(ids + at) : 0u;
+        next_weight = at < bag ? __ldg(weights + at) : 0.0f;
+        const u32 count = min(team, bag - base);
+        u32 l = 0;
+        for (; l + UNROLL <= count && groups <= 1; l += UNROLL) {
+            Raw<NV * SIZE> raw[UNROLL];
+            float w[UNROLL];
+#pragma unroll
+            for (int r = 0; r < UNROLL; r++)
+                raw[r] = load_once<NV * SIZE>(codes + __shfl_sync(FULL, id, l + r, team) * stride);
+#pragma unroll
+            for (int r = 0; r < UNROLL; r++) w[r] = __shfl_sync(FULL, weight, l + r, team);
+#pragma unroll
+            for (int r = 0; r < UNROLL; r++) {
+                float x[NV];
+                decode<ELEM, NV>(raw[r], x);
+#pragma unroll
+                for (int i = 0; i < NV; i++) sum[i] += w[r] * x[i];
+            }
+        }
+        // What is left of a bag, and rows of several scales.
+        for (; l < count; l++) {
+            const u32 row = __shfl_sync(FULL, id, l, team);
+            float w = __shfl_sync(FULL, weight, l, team), x[NV];
+            if (groups > 1) w *= __ldg(scale + (u64)row * groups);
+            decode<ELEM, NV>(load_once<NV * SIZE>(codes + row * stride), x);
+#pragma unroll
+            for (int i = 0; i < NV; i++) sum[i] += w * x[i];
+        }
+    }
+    if (real && greatest > last) raise_flag(flag, op, greatest, rows);
+    if (!mine) return;
+    out += token * dim + column;
+    if (accumulate) {
+#pragma unroll
+        for (int i = 0; i < NV; i++) sum[i] = out[i] + sum[i];
+    }
+    write_floats<NV>(out, aligned, sum);
+}
+
+// Rows of a bag that a team takes at once.
+#define ROWS 8
+
+// The dot is a horizontal sum: fused, and reduced over the team in a fixed order.
+template <int NV>
+__device__ __forceinline__ void dot_rows(
+    const u8* __restrict__ table, const float* __restrict__ scales, u64 rows, u32 dim, u32 group,
+    const u32* __restrict__ ids, const float* __restrict__ vectors, float* __restrict__ out, u32 bag, u32 tokens,
+    u32 team, u32 aligned, u32* flag, u32 op) {
+    const u32 tasks = (bag + ROWS - 1) / ROWS;
+    const u64 task = ((u64)blockIdx.x * blockDim.x + threadIdx.x) / team;
+    const u32 lane = threadIdx.x % team;
+    // Teams behind the last stay for the shuffles, and do the last one's work again without writing it.
+    const bool real = task < (u64)tokens * tasks;
+    const u64 token = real ? task / tasks : tokens - 1;
+    const u32 first = (real ? (u32)(task % tasks) : tasks - 1) * ROWS;
+    const u64 stride = (u64)dim * SIZE;
+    const u32 groups = scales ? (dim + group - 1) / group : 0;
+    const float* vector = vectors + token * dim;
+    const u32 last = (u32)(rows - 1);
+    // The first eight lanes of a team hold the ids; a team has no fewer.
+    const u32 wanted = lane < ROWS && first + lane < bag ? __ldg(ids + token * bag + first + lane) : 0u;
+    if (wanted > last) raise_flag(flag, op, wanted, rows);
+    const u32 id = min(wanted, last);
+    float dot[ROWS];
+    u32 row[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        row[r] = __shfl_sync(FULL, id, r, team);
+        dot[r] = 0.0f;
+    }
+    for (u32 column = lane * NV; column < dim; column += team * NV) {
+        Raw<NV * SIZE> raw[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) raw[r] = load_once<NV * SIZE>(table + row[r] * stride + (u64)column * SIZE);
+        float v[NV];
+        read_floats<NV>(vector + column, aligned, v);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            float x[NV], part = 0.0f;
+            decode<ELEM, NV>(raw[r], x);
+#pragma unroll
+            for (int i = 0; i < NV; i++) part = fmaf(v[i], x[i], part);
+            dot[r] = groups > 1 ? fmaf(__ldg(scales + (u64)row[r] * groups + column / group), part, dot[r])
+                                : dot[r] + part;
+        }
+    }
+    // Halves of the team take half of the rows each, three times; then a row is a lane group's own.
+    u32 offset = team / 2, mine = 0;
+#pragma unroll
+    for (int half = ROWS / 2; half > 0; half /= 2) {
+        const bool upper = lane & offset;
+#pragma unroll
+        for (int r = 0; r < half; r++) {
+            const float keep = upper ? dot[r + half] : dot[r], give = upper ? dot[r] : dot[r + half];
+            dot[r] = keep + __shfl_xor_sync(FULL, give, offset);
+        }
+        mine += upper ? half : 0;
+        offset /= 2;
+    }
+    float sum = dot[0];
+    const u32 writers = offset * 2;
+    for (; offset > 0; offset /= 2) sum += __shfl_xor_sync(FULL, sum, offset);
+    // The lane that holds a row's id: its scale is fetched here, where all lanes still are.
+    const u32 of = __shfl_sync(FULL, id, mine, team);
+    if (groups == 1) sum *= __ldg(scales + of);
+    if (real && lane % max(writers, 1u) == 0 && first + mine < bag) out[token * bag + first + mine] = sum;
+}
+
+// Registers: on Hopper as few as the loads in flight leave, for 1024 blocks are then one wave; nowhere so few that they
+// spill.
+#if __CUDA_ARCH__ == 900
+#define SUM_BOUNDS(NV) 128, (NV == 16 && ELEM == E5M2 ? 7 : 8)
+#define DOT_BOUNDS 128
+#else
+#define SUM_BOUNDS(NV) 128, (NV == 16 ? 5 : 7)
+#define DOT_BOUNDS 128, 4
+#endif
+
+#define BAG(NV, UNROLL)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(SUM_BOUNDS(NV)) bag_sum_##NV(                                               \
+        const u8* table, const float* scales, u64 rows, u32 dim, u32 group, const u32* ids, const float* weights,     \
+        float* out, u32 bag, u32 tokens, u32 accumulate, u32 team, u32 aligned, u32* flag, u32 op) {                  \
+        sum_rows<NV, UNROLL>(table, scales, rows, dim, group, ids, weights, out, bag, tokens, accumulate, team,       \
+                             aligned, flag, op);                                                                      \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(DOT_BOUNDS) bag_dot_##NV(                                                   \
+        const u8* table, const float* scales, u64 rows, u32 dim, u32 group, const u32* ids, const float* vectors,     \
+        float* out, u32 bag, u32 tokens, u32 team, u32 aligned, u32* flag, u32 op) {                                  \
+        dot_rows<NV>(table, scales, rows, dim, group, ids, vectors, out, bag, tokens, team, aligned, flag, op);       \
+    }
+
+BAG(1, 8)
+BAG(2, 8)
+BAG(4, 8)
+#if SIZE <= 2
+BAG(8, 8)
+#endif
+#if SIZE == 1
+BAG(16, 8)
+#endif
+
+// For few tokens: narrow loads, so that there are many warps, and a whole warp's ids in flight at once.
+extern "C" __global__ void __launch_bounds__(128, 1)
+    bag_sum_few(const u8* table, const float* scales, u64 rows, u32 dim, u32 group, const u32* ids, const float* weights,
+                float* out, u32 bag, u32 tokens, u32 accumulate, u32 team, u32 aligned, u32* flag, u32 op) {
+    sum_rows<4 / SIZE, 32>(table, scales, rows, dim, group, ids, weights, out, bag, tokens, accumulate, team, aligned, flag,
+                           op);
+}

@@ -1,0 +1,173 @@
+// What every kernel file needs: names of types, the error flag, and codes of rows as floats.
+//
+// All files are compiled with contraction off (`--fmad=false`): a product and a sum written apart stay apart, as the law
+// of vertical sums wants. Where fusing is allowed it is written `fmaf`. No header of a CUDA toolkit is needed.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define FULL 0xffffffffu
+#define INF __int_as_float(0x7f800000)
+
+// Formats of rows, as numbered in `kernels.rs`.
+#define F32 0
+#define F16 1
+#define BF16 2
+#define I8 3
+#define E4M3 4
+#define E5M2 5
+#ifndef ELEM
+#define ELEM F32
+#endif
+
+#if ELEM == F32
+#define SIZE 4
+#elif ELEM == F16 || ELEM == BF16
+#define SIZE 2
+#else
+#define SIZE 1
+#endif
+
+// Remembers the first row id that is out of range: `flag` is { operation, id, rows, rows >> 32 }. Whoever raises it goes
+// on with a row that exists; the host finds it when it synchronizes.
+__device__ __forceinline__ void raise_flag(u32* flag, u32 op, u32 id, u64 rows) {
+    if (atomicCAS(flag, 0u, op) == 0u) {
+        flag[1] = id;
+        flag[2] = (u32)rows;
+        flag[3] = (u32)(rows >> 32);
+    }
+}
+
+// Whether an operation before this one, or one of this kernel's own blocks, raised the flag.
+__device__ __forceinline__ bool flagged(const u32* flag) { return *(volatile const u32*)flag != 0u; }
+
+// `id`, or row 0 and a raised flag. The host launches nothing over a table of no rows.
+__device__ __forceinline__ u32 checked(u32 id, u64 rows, u32* flag, u32 op) {
+    if (id >= rows) {
+        raise_flag(flag, op, id, rows);
+        return 0u;
+    }
+    return id;
+}
+
+// `n / d` for a divisor whose `magic` the host made: floor(2^64 / d) + 1, or 0 for d = 1. Exact for all 32-bit n.
+__device__ __forceinline__ u32 divide(u32 n, u64 magic) { return magic == 0 ? n : (u32)__umul64hi((u64)n, magic); }
+
+// So many bytes, as they are loaded.
+template <int BYTES> struct Raw {
+    u32 w[(BYTES + 3) / 4];
+};
+
+// Reads bytes that no thread of this kernel writes and that will not be read again soon.
+template <int BYTES> __device__ __forceinline__ Raw<BYTES> load_once(const void* p) {
+    Raw<BYTES> r;
+    if constexpr (BYTES == 16) {
+        asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r.w[0]), "=r"(r.w[1]), "=r"(r.w[2]), "=r"(r.w[3]) : "l"(p));
+    } else if constexpr (BYTES == 8) {
+        asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(r.w[0]), "=r"(r.w[1]) : "l"(p));
+    } else if constexpr (BYTES == 4) {
+        asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(r.w[0]) : "l"(p));
+    } else if constexpr (BYTES == 2) {
+        r.w[0] = __ldg((const u16*)p);
+    } else {
+        r.w[0] = __ldg((const u8*)p);
+    }
+    return r;
+}
+
+__device__ __forceinline__ float half_to_float(u32 bits) {
+    float f;
+    asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(f) : "r"(bits));
+    return f;
+}
+
+// Two codes of 16 bits each in `w`, or four of 8 bits, as floats.
+template <int FORMAT, int NV> __device__ __forceinline__ void decode(const Raw<NV * SIZE>& raw, float (&x)[NV]) {
+    if constexpr (FORMAT == F32) {
+#pragma unroll
+        for (int i = 0; i < NV; i++) x[i] = __uint_as_float(raw.w[i]);
+    } else if constexpr (FORMAT == BF16) {
+#pragma unroll
+        for (int i = 0; i < NV; i++)
+            x[i] = __uint_as_float(i % 2 == 0 ? raw.w[i / 2] << 16 : raw.w[i / 2] & 0xffff0000u);
+    } else if constexpr (FORMAT == F16) {
+#pragma unroll
+        for (int i = 0; i < NV; i++) x[i] = half_to_float(i % 2 == 0 ? raw.w[i / 2] & 0xffffu : raw.w[i / 2] >> 16);
+    } else if constexpr (FORMAT == I8) {
+#pragma unroll
+        for (int i = 0; i < NV; i++) {
+            // Code + 128 as the low byte of 2^23's fraction: exact, and cheaper than the conversion unit.
+            u32 biased = raw.w[i / 4] ^ 0x80808080u;
+            x[i] = __uint_as_float(__byte_perm(biased, 0x4b000000u, 0x7650 | (i % 4))) - 8388736.0f;
+        }
+    } else if constexpr (FORMAT == E5M2) {
+        // The upper byte of a half.
+#pragma unroll
+        for (int i = 0; i < NV; i++) x[i] = half_to_float(((raw.w[i / 4] >> (8 * (i % 4))) & 0xffu) << 8);
+    } else {
+#pragma unroll
+        for (int i = 0; i < NV; i++) {
+#if __CUDA_ARCH__ >= 890
+            if (i % 2 == 0) {
+                u32 pair = (raw.w[i / 4] >> (8 * (i % 4))) & 0xffffu, halves;
+                asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.rn.f16x2.e4m3x2 %0, h; }" : "=r"(halves) : "r"(pair));
+                x[i] = half_to_float(halves & 0xffffu);
+                if (i + 1 < NV) x[i + 1 < NV ? i + 1 : i] = half_to_float(halves >> 16);
+            }
+#else
+            // Exponent and fraction sit 2^120 too low once aligned; the product mends it, for subnormal codes too.
+            u32 bits = (raw.w[i / 4] >> (8 * (i % 4))) & 0xffu;
+            float finite = __uint_as_float((bits & 0x7fu) << 20) * __uint_as_float((127u + 120u) << 23);
+            u32 value = (bits & 0x7fu) == 0x7fu ? 0x7fc00000u : __float_as_uint(finite);
+            x[i] = __uint_as_float(value | ((bits & 0x80u) << 24));
+#endif
+        }
+    }
+}
+
+// `n` floats in a row of memory, which 16-byte accesses may be used for if `aligned`.
+template <int NV> __device__ __forceinline__ void read_floats(const float* p, bool aligned, float (&x)[NV]) {
+    if (NV % 4 == 0 && aligned) {
+#pragma unroll
+        for (int i = 0; i < NV; i += 4) {
+            float4 v = __ldg((const float4*)(p + i));
+            x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < NV; i++) x[i] = __ldg(p + i);
+    }
+}
+template <int NV> __device__ __forceinline__ void write_floats(float* p, bool aligned, const float (&x)[NV]) {
+    if (NV % 4 == 0 && aligned) {
+#pragma unroll
+        for (int i = 0; i < NV; i += 4) *(float4*)(p + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < NV; i++) p[i] = x[i];
+    }
+}
+
+// Writes what will not be read again soon, aligned to NV floats.
+template <int NV> __device__ __forceinline__ void write_once(float* p, const float (&x)[NV]) {
+    if constexpr (NV == 4) __stcs((float4*)p, make_float4(x[0], x[1], x[2], x[3]));
+    else __stcs(p, x[0]);
+}
+
+// The bijection of core's `random::mix`.
+__device__ __forceinline__ u64 mix(u64 x) {
+    x += 0x9e3779b97f4a7c15ull;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+    return x ^ (x >> 31);
+}
+
+// The sum over a warp; its order is fixed, so the same bits every time.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) x += __shfl_xor_sync(FULL, x, o);
+    return x;
+}

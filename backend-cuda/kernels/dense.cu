@@ -1,0 +1,148 @@
+// The dense rest but its products: bias, norms and gates, forward and backward. All rows are dense and in f32.
+//
+// Sums over tokens are made by one block a column in a fixed order, so results are the same every time.
+
+#define THREADS 256
+#define STRIPES 32
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// The distribution function of the normal distribution: exact GELU is x times it.
+__device__ __forceinline__ float normal_cdf(float x) { return 0.5f * (1.0f + erff(x * 0.70710678118654752f)); }
+
+#define EACH(i, len) \
+    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < (len); i += (u64)gridDim.x * blockDim.x)
+
+// out[t, o] += bias[o].
+extern "C" __global__ void __launch_bounds__(THREADS) add_bias(float* __restrict__ out, const float* __restrict__ bias,
+                                                              u64 len, u32 width) {
+    EACH(i, len) out[i] += __ldg(bias + i % width);
+}
+
+// out[c] = sum over rows of x[r, c]: STRIPES warps take every STRIPES-th row each, and are added in order. A block for 32 columns.
+extern "C" __global__ void __launch_bounds__(STRIPES * 32) column_sums(const float* __restrict__ x, u32 rows, u32 width,
+                                                                      float* __restrict__ out) {
+    __shared__ float partial[STRIPES][33];
+    const u32 lane = threadIdx.x % 32, stripe = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
+    float sum = 0.0f;
+    if (column < width) {
+#pragma unroll 8
+        for (u32 r = stripe; r < rows; r += STRIPES) sum += __ldg(x + (u64)r * width + column);
+    }
+    partial[stripe][lane] = sum;
+    __syncthreads();
+    if (stripe == 0 && column < width) {
+        for (u32 s = 1; s < STRIPES; s++) sum += partial[s][lane];
+        out[column] = sum;
+    }
+}
+
+// 1 / sqrt(mean of squares + eps) of a row, by a warp.
+__device__ __forceinline__ float inverse_rms(const float* __restrict__ x, u32 dim, float eps) {
+    float sum = 0.0f;
+    for (u32 c = threadIdx.x % 32; c < dim; c += 32) sum = fmaf(x[c], x[c], sum);
+    return 1.0f / sqrtf(warp_sum(sum) / (float)dim + eps);
+}
+
+// A warp a row; row r has gain (r / repeat) % groups.
+extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(const float* __restrict__ x, const float* __restrict__ gain,
+                                                              float* __restrict__ out, u64 rows, u32 dim, u32 groups,
+                                                              u64 repeat, float eps) {
+    const u64 r = (u64)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+    if (r >= rows) return;
+    x += r * dim, out += r * dim, gain += r / repeat % groups * dim;
+    const float inverse = inverse_rms(x, dim, eps);
+    for (u32 c = threadIdx.x % 32; c < dim; c += 32) out[c] = x[c] * inverse * __ldg(gain + c);
+}
+
+// dx holds the gradient of the output, and then that of x.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    rms_norm_backward(const float* __restrict__ x, const float* __restrict__ gain, float* __restrict__ dx, u64 rows, u32 dim,
+                      u32 groups, u64 repeat, float eps) {
+    const u64 r = (u64)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+    if (r >= rows) return;
+    x += r * dim, dx += r * dim, gain += r / repeat % groups * dim;
+    const float inverse = inverse_rms(x, dim, eps);
+    float mean = 0.0f;
+    for (u32 c = threadIdx.x % 32; c < dim; c += 32) mean += dx[c] * __ldg(gain + c) * (x[c] * inverse);
+    mean = warp_sum(mean) / (float)dim;
+    for (u32 c = threadIdx.x % 32; c < dim; c += 32)
+        dx[c] = (dx[c] * __ldg(gain + c) - x[c] * inverse * mean) * inverse;
+}
+
+// dgain[g, c] = sum over the rows of group g of dout * x / rms, before `rms_norm_backward` overwrites dout. A block for a
+// group and 32 columns; its warps take stripes of rows.
+extern "C" __global__ void __launch_bounds__(STRIPES * 32)
+    rms_norm_dgain(const float* __restrict__ x, const float* __restrict__ dout, float* __restrict__ dgain, u64 rows, u32 dim,
+                   u32 groups, u64 repeat, float eps) {
+    __shared__ float partial[STRIPES][33];
+    const u32 lane = threadIdx.x % 32, stripe = threadIdx.x / 32, column = blockIdx.x * 32 + lane, group = blockIdx.y;
+    float sum = 0.0f;
+    // Runs of `repeat` rows of this group follow each other at a distance of `repeat * groups`.
+    const u64 runs = (rows + repeat * groups - 1) / (repeat * groups);
+    for (u64 i = stripe; i < runs * repeat; i += STRIPES) {
+        const u64 r = (i / repeat * groups + group) * repeat + i % repeat;
+        if (r >= rows) break;
+        const float inverse = inverse_rms(x + r * dim, dim, eps);
+        if (column < dim) sum += dout[r * dim + column] * (x[r * dim + column] * inverse);
+    }
+    partial[stripe][lane] = sum;
+    __syncthreads();
+    if (stripe == 0 && column < dim) {
+        for (u32 s = 1; s < STRIPES; s++) sum += partial[s][lane];
+        dgain[(u64)group * dim + column] = sum;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) silu_gate(const float* __restrict__ y, const float* __restrict__ gate,
+                                                               float* __restrict__ out, u64 len) {
+    EACH(i, len) out[i] = y[i] * (gate[i] * sigmoid(gate[i]));
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    silu_gate_backward(const float* __restrict__ y, const float* __restrict__ gate, const float* __restrict__ dout,
+                       float* __restrict__ dy, float* __restrict__ dgate, u64 len) {
+    EACH(i, len) {
+        const float g = gate[i], s = sigmoid(g), d = dout[i];
+        const float dg = d * y[i] * (s + g * s * (1.0f - s));
+        dy[i] = d * (g * s);
+        dgate[i] = dg;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) gelu_gate(const float* __restrict__ y, const float* __restrict__ gate,
+                                                               float* __restrict__ out, u64 len) {
+    EACH(i, len) out[i] = y[i] * (gate[i] * normal_cdf(gate[i]));
+}
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gelu_gate_backward(const float* __restrict__ y, const float* __restrict__ gate, const float* __restrict__ dout,
+                       float* __restrict__ dy, float* __restrict__ dgate, u64 len) {
+    EACH(i, len) {
+        const float g = gate[i], d = dout[i], cdf = normal_cdf(g);
+        // The density of the normal distribution is exp(-g^2 / 2) / sqrt(2 pi).
+        const float density = 0.39894228040143268f * expf(g * g * -0.5f);
+        const float dg = d * y[i] * (cdf + g * density);
+        dy[i] = d * (g * cdf);
+        dgate[i] = dg;
+    }
+}
+
+// One gate a token.
+extern "C" __global__ void __launch_bounds__(THREADS) sigmoid_gate(const float* __restrict__ y, const float* __restrict__ gate,
+                                                                  float* __restrict__ out, u64 len, u32 width) {
+    EACH(i, len) out[i] = y[i] * sigmoid(__ldg(gate + i / width));
+}
+// A warp a token.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    sigmoid_gate_backward(const float* __restrict__ y, const float* __restrict__ gate, const float* __restrict__ dout,
+                          float* __restrict__ dy, float* __restrict__ dgate, u64 tokens, u32 width) {
+    const u64 t = (u64)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+    if (t >= tokens) return;
+    const float s = sigmoid(gate[t]);
+    float sum = 0.0f;
+    for (u32 c = threadIdx.x % 32; c < width; c += 32) {
+        const u64 i = t * width + c;
+        sum += dout[i] * y[i] * (s * (1.0f - s));
+        dy[i] = dout[i] * s;
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) dgate[t] = sum;
+}

@@ -1,0 +1,338 @@
+// The sparse gradient of a table: a stable sort of entries by row, the rows and where each starts, and sums over them.
+//
+// Contract. A plan of `n` entries over a table of `rows` rows is made in three steps for each digit of the row ids
+// (histogram, scan, scatter), least digit first, and two more for the unique rows (heads, write). A tile is TILE entries
+// and belongs to one block of THREADS threads, a warp of it to WARP_ITEMS neighbouring entries. `counts` is
+// `[digits, tiles]`. An id that is no row raises the flag and is planned as row 0.
+//
+// Plans stay on the device: kernels over the rows of a plan are launched for its entries and read how many rows there are.
+// They trust no plan: entries and rows are checked against the lengths of the arrays. Compiled behind sums.cuh.
+
+#define THREADS 256
+#define WARPS (THREADS / 32)
+#define ITEMS 8
+#define TILE (THREADS * ITEMS)
+#define WARP_ITEMS (32 * ITEMS)
+
+extern "C" __global__ void __launch_bounds__(THREADS) plan_histogram(
+    const u32* __restrict__ keys, u32 n, u64 rows, u32 shift, u32 digits, u32* __restrict__ counts, u32 tiles,
+    u32 first_pass, u32* flag, u32 op) {
+    __shared__ u32 histogram[256];
+    histogram[threadIdx.x] = 0;
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        const u32 i = blockIdx.x * TILE + j * THREADS + threadIdx.x;
+        if (i < n) {
+            u32 key = keys[i];
+            if (first_pass) key = checked(key, rows, flag, op);
+            atomicAdd(&histogram[(key >> shift) & (digits - 1)], 1u);
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < digits) counts[threadIdx.x * tiles + blockIdx.x] = histogram[threadIdx.x];
+}
+
+// The sum over the block of `x` of the threads before this one; `total` of all.
+__device__ __forceinline__ u32 scan_block(u32 x, u32* warp_sums, u32& total) {
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u32 sum = x;
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1) {
+        const u32 before = __shfl_up_sync(FULL, sum, o);
+        if (lane >= o) sum += before;
+    }
+    __syncthreads();
+    if (lane == 31) warp_sums[warp] = sum;
+    __syncthreads();
+    u32 base = 0;
+    total = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+        if (w < warp) base += warp_sums[w];
+        total += warp_sums[w];
+    }
+    return base + sum - x;
+}
+
+// One block a digit: its counts become the sums of the tiles before each, `totals` its sum.
+extern "C" __global__ void __launch_bounds__(THREADS) plan_scan(u32* __restrict__ counts, u32 tiles,
+                                                                u32* __restrict__ totals) {
+    __shared__ u32 warp_sums[WARPS];
+    u32* row = counts + blockIdx.x * tiles;
+    u32 before = 0;
+    for (u32 base = 0; base < tiles; base += THREADS) {
+        const u32 i = base + threadIdx.x;
+        u32 total;
+        const u32 sum = scan_block(i < tiles ? row[i] : 0, warp_sums, total);
+        if (i < tiles) row[i] = before + sum;
+        before += total;
+    }
+    if (threadIdx.x == 0) totals[blockIdx.x] = before;
+}
+
+// Puts every entry behind those of smaller digits, of earlier tiles, and of its own tile before it. In the first pass the
+// entries are their own positions. A tile is put in order in shared memory first, so that what goes to neighbouring places
+// is written together.
+extern "C" __global__ void __launch_bounds__(THREADS) plan_scatter(
+    const u32* __restrict__ keys, const u32* __restrict__ entries, u32 n, u64 rows, u32 shift, u32 digits,
+    const u32* __restrict__ counts, const u32* __restrict__ totals, u32 tiles, u32 first_pass,
+    u32* __restrict__ keys_out, u32* __restrict__ entries_out) {
+    __shared__ u32 warp_counts[WARPS][256];
+    __shared__ u32 warp_sums[WARPS];
+    __shared__ u32 from_tile[256];
+    __shared__ u32 tile_keys[TILE];
+    __shared__ u32 tile_entries[TILE];
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) warp_counts[w][threadIdx.x] = 0;
+    const u32 base = blockIdx.x * TILE + warp * WARP_ITEMS + lane;
+    u32 key[ITEMS], entry[ITEMS], rank[ITEMS];
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        const u32 i = base + j * 32;
+        key[j] = i < n ? keys[i] : 0u;
+        entry[j] = first_pass || i >= n ? i : entries[i];
+        if (first_pass && key[j] >= rows) key[j] = 0u;
+    }
+    const u32 before_tile = threadIdx.x < digits ? counts[threadIdx.x * tiles + blockIdx.x] : 0u;
+    const u32 of_digit = threadIdx.x < digits ? totals[threadIdx.x] : 0u;
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        const bool valid = base + j * 32 < n;
+        const u32 digit = (key[j] >> shift) & (digits - 1);
+        const u32 peers = __match_any_sync(FULL, valid ? digit : FULL);
+        const u32 before = __popc(peers & ((1u << lane) - 1));
+        rank[j] = warp_counts[warp][digit] + before;
+        __syncwarp();
+        if (valid && before == 0) warp_counts[warp][digit] += __popc(peers);
+        __syncwarp();
+    }
+    __syncthreads();
+    // A digit's place among all entries, and in this tile.
+    u32 all, in_tile = 0;
+    const u32 digit_start = scan_block(of_digit, warp_sums, all);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+        const u32 count = warp_counts[w][threadIdx.x];
+        warp_counts[w][threadIdx.x] = in_tile;
+        in_tile += count;
+    }
+    const u32 tile_start = scan_block(in_tile, warp_sums, all);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) warp_counts[w][threadIdx.x] += tile_start;
+    // May wrap around: only its sum with a place in the tile means something.
+    from_tile[threadIdx.x] = digit_start + before_tile - tile_start;
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        if (base + j * 32 < n) {
+            const u32 at = warp_counts[warp][(key[j] >> shift) & (digits - 1)] + rank[j];
+            tile_keys[at] = key[j];
+            tile_entries[at] = entry[j];
+        }
+    }
+    __syncthreads();
+    const u32 len = min(n - blockIdx.x * TILE, (u32)TILE);
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        const u32 at = j * THREADS + threadIdx.x;
+        if (at < len) {
+            const u32 to = at + from_tile[(tile_keys[at] >> shift) & (digits - 1)];
+            keys_out[to] = tile_keys[at];
+            entries_out[to] = tile_entries[at];
+        }
+    }
+}
+
+// How many rows begin in each tile of the sorted keys.
+extern "C" __global__ void __launch_bounds__(THREADS) plan_heads(const u32* __restrict__ keys, u32 n,
+                                                                 u32* __restrict__ heads) {
+    u32 count = 0;
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        const u32 i = blockIdx.x * TILE + j * THREADS + threadIdx.x;
+        const bool head = i < n && (i == 0 || keys[i - 1] != keys[i]);
+        count += __syncthreads_count(head);
+    }
+    if (threadIdx.x == 0) heads[blockIdx.x] = count;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) plan_write(
+    const u32* __restrict__ keys, u32 n, const u32* __restrict__ heads, u32* __restrict__ unique,
+    u32* __restrict__ rows_out, u32* __restrict__ starts) {
+    __shared__ u32 warp_sums[WARPS];
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u32 sum = 0, before;
+    for (u32 tile = threadIdx.x; tile < blockIdx.x; tile += THREADS) sum += heads[tile];
+    scan_block(sum, warp_sums, before);
+
+    const u32 base = blockIdx.x * TILE + warp * WARP_ITEMS + lane;
+    u32 ballots[ITEMS], warp_heads = 0;
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        const u32 i = base + j * 32;
+        ballots[j] = __ballot_sync(FULL, i < n && (i == 0 || keys[i - 1] != keys[i]));
+        warp_heads += __popc(ballots[j]);
+    }
+    u32 total;
+    const u32 offset = scan_block(lane == 0 ? warp_heads : 0u, warp_sums, total);
+    u32 u = before + __shfl_sync(FULL, offset, 0);
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        const u32 i = base + j * 32;
+        if (ballots[j] >> lane & 1u) {
+            const u32 at = u + __popc(ballots[j] & ((1u << lane) - 1));
+            rows_out[at] = keys[i];
+            starts[at] = i;
+        }
+        u += __popc(ballots[j]);
+    }
+    if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) {
+        *unique = before + total;
+        starts[before + total] = n;
+    }
+}
+
+// Sources of a long row that a warp reads ahead, and blocks of such warps that a multiprocessor must hold: as many as
+// registers allow without spilling.
+#if __CUDA_ARCH__ == 900
+#define LONG_AHEAD 5
+#define LONG_BLOCKS 2
+#else
+#define LONG_AHEAD 4
+#define LONG_BLOCKS 1
+#endif
+
+// Where the gradient of row `u` of the plan goes: out[u], or out[rows[u]] if `scatter`. At most `limit` rows fit.
+struct Destination {
+    float* out;
+    u64 limit;
+    u32 scatter;
+
+    // FULL, and a raised flag, if it does not fit.
+    __device__ __forceinline__ u64 of(const Plan& plan, u32 u, u32* flag, u32 op) const {
+        const u64 to = scatter ? __ldg(plan.rows + u) : u;
+        if (to < limit) return to;
+        if (threadIdx.x == 0) raise_flag(flag, op, (u32)to, limit);
+        return FULL;
+    }
+};
+
+template <int VEC>
+__device__ __forceinline__ void reduce_short(const Plan& plan, const Gradient& gradient, const Lists& lists,
+                                             const Destination& to, u32* flag, u32 op) {
+    __shared__ u32 share;
+    const u32 unique = plan.count();
+    Walk at;
+    for (at.begin(plan, gradient, unique); at.u < unique; at.advance()) {
+        at.look_ahead(plan, gradient, unique);
+        if (lists.take(at.u, at.end - at.start, &share)) continue;
+        const u64 row = to.of(plan, at.u, flag, op);
+        if (row == FULL) continue;
+        float* out = to.out + row * gradient.dim;
+        gradient.sum_short<VEC>(plan, at.start, at.end, at.row, at.weight, [&](u32 column, float(&sum)[VEC]) {
+            write_once<VEC>(out + column, sum);
+        });
+    }
+}
+
+template <int VEC>
+__device__ __forceinline__ void reduce_middle(const Plan& plan, const Gradient& gradient, const Lists& lists,
+                                              const Destination& to, u32* flag, u32 op) {
+    for (u32 i = blockIdx.x; i < lists.middles(); i += gridDim.x) {
+        const u32 u = __ldg(lists.middle + i);
+        u32 start, end;
+        plan.range(u, start, end);
+        const u64 row = to.of(plan, u, flag, op);
+        if (row == FULL) continue;
+        float* out = to.out + row * gradient.dim;
+        gradient.sum_row<VEC, 8>(plan, start, end, [&](u32 column, float(&sum)[VEC]) {
+            write_once<VEC>(out + column, sum);
+        });
+    }
+}
+
+// A block for 32 * VEC columns of row number `first + blockIdx.x` of the longest. Its warps sum chunks at the same time and
+// add them in order. If `slots`, the gradient goes to out[blockIdx.x].
+template <int VEC>
+__device__ __forceinline__ void reduce_long(const Plan& plan, const Gradient& gradient, const Lists& lists,
+                                            const Destination& to, u32 first, u32 slots, u32* flag, u32 op) {
+    __shared__ float partial[HOT_WARPS][32 * VEC];
+    const u32 u = lists.long_row(first + blockIdx.x);
+    if (u == FULL) return;
+    u32 start, end;
+    plan.range(u, start, end);
+    const u64 row = slots ? blockIdx.x : to.of(plan, u, flag, op);
+    if (row == FULL) return;
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const u32 column = (blockIdx.y * 32 + lane) * VEC;
+    const bool mine = column < gradient.dim;
+    float total[VEC];
+#pragma unroll
+    for (int i = 0; i < VEC; i++) total[i] = 0.0f;
+    for (u32 chunks = start; chunks < end; chunks += HOT_WARPS * CHUNK) {
+        const u32 from = chunks + warp * CHUNK;
+        if (from < end) {
+            float sum[VEC];
+            gradient.sum_warp<VEC, LONG_AHEAD>(plan, from, min(from + CHUNK, end), column, mine, sum);
+#pragma unroll
+            for (int i = 0; i < VEC; i++) partial[warp][lane * VEC + i] = sum[i];
+        }
+        __syncthreads();
+        if (warp == 0) {
+            const u32 count = min((end - chunks + CHUNK - 1) / CHUNK, (u32)HOT_WARPS);
+            for (u32 w = 0; w < count; w++) {
+#pragma unroll
+                for (int i = 0; i < VEC; i++) total[i] += partial[w][lane * VEC + i];
+            }
+        }
+        __syncthreads();
+    }
+    if (warp == 0 && mine) write_floats<VEC>(to.out + row * gradient.dim + column, true, total);
+}
+
+#define REDUCE(VEC)                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(256, 4) reduce_short_##VEC(                                           \
+        Plan plan, Gradient gradient, Lists lists, Destination to, u32* flag, u32 op) {                               \
+        reduce_short<VEC>(plan, gradient, lists, to, flag, op);                                                       \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(512, 1) reduce_middle_##VEC(                                            \
+        Plan plan, Gradient gradient, Lists lists, Destination to, u32* flag, u32 op) {                               \
+        reduce_middle<VEC>(plan, gradient, lists, to, flag, op);                                                      \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(HOT_WARPS * 32, LONG_BLOCKS) reduce_long_##VEC(                      \
+        Plan plan, Gradient gradient, Lists lists, Destination to, u32 first, u32 slots, u32* flag, u32 op) {         \
+        reduce_long<VEC>(plan, gradient, lists, to, first, slots, flag, op);                                          \
+    }
+REDUCE(1)
+REDUCE(4)
+
+// The sum of the squares of the first `unique * dim` of `grads`: a sum for each block, then their sum. Horizontal, its
+// order fixed by the launch.
+extern "C" __global__ void __launch_bounds__(THREADS) square_sums(const u32* __restrict__ unique, u32 dim, u64 len,
+                                                                  const float* __restrict__ grads,
+                                                                  float* __restrict__ sums, u32* flag, u32 op) {
+    __shared__ float warp_sums[WARPS];
+    const u64 wanted = (u64)*unique * dim;
+    if (wanted > len && blockIdx.x == 0 && threadIdx.x == 0) raise_flag(flag, op, *unique, len / dim);
+    const u64 end = wanted < len ? wanted : len;
+    float sum = 0.0f;
+    for (u64 i = (u64)blockIdx.x * THREADS + threadIdx.x; i < end; i += (u64)gridDim.x * THREADS)
+        sum = fmaf(grads[i], grads[i], sum);
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (int w = 1; w < WARPS; w++) sum += warp_sums[w];
+        sums[blockIdx.x] = sum;
+    }
+}
+extern "C" __global__ void __launch_bounds__(32) square_total(const float* __restrict__ sums, u32 count,
+                                                              float* __restrict__ out) {
+    float sum = 0.0f;
+    for (u32 i = threadIdx.x; i < count; i += 32) sum += sums[i];
+    sum = warp_sum(sum);
+    if (threadIdx.x == 0) *out = sum;
+}

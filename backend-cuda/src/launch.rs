@@ -1,0 +1,656 @@
+//! The CUDA driver, its compiler and cuBLAS: every unsafe call of this crate.
+//!
+//! What the proofs lean on:
+//!
+//! * A [`Stream`] keeps its context; every handle made from it (memory, modules, cuBLAS) keeps the stream's `Arc`, so
+//!   contexts and streams outlive what lives in them. Every call binds the context to the calling thread first.
+//! * Device memory is only touched by work on one stream, in its order. Memory is freed in that order too, so what was
+//!   started before still finds it.
+//! * Host memory is touched by synchronous copies alone: nothing of the device's points to it when a call returns.
+//! * Device pointers come from views ([`crate::View`], [`crate::ViewMut`]), which borrow the buffers they point into.
+//!   The operations check every length before they launch, and the kernels every id. An error there could only damage
+//!   device memory or end the context; no host memory can be reached from a kernel.
+
+use core::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::CString;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::cublas::{result as blas, sys as blas_sys};
+use cudarc::driver::{CudaContext, CudaGraph, CudaStream, DriverError, result, sys};
+use cudarc::nvrtc::{result as nvrtc, sys as nvrtc_sys};
+use memlayer_core::Item;
+
+use crate::error::CudaError;
+use crate::memory::{View, ViewMut};
+
+/// Gives a driver error the name of the call it came from.
+fn driver(call: &'static str) -> impl Fn(DriverError) -> CudaError {
+    move |error| {
+        let name = error.error_name().ok().map(CStr::to_string_lossy);
+        let text = error.error_string().ok().map(CStr::to_string_lossy);
+        CudaError::Driver {
+            call,
+            error: format!("{} ({})", name.as_deref().unwrap_or("unknown error"), text.as_deref().unwrap_or("no text")),
+        }
+    }
+}
+
+/// A device's context, and the stream its work goes to.
+#[derive(Clone)]
+pub(crate) struct Stream {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+}
+
+/// What kernels are compiled and launched for.
+#[derive(Clone, Debug)]
+pub(crate) struct Properties {
+    pub(crate) name: String,
+    pub(crate) capability: (i32, i32),
+    pub(crate) multiprocessors: u32,
+    /// Bytes of shared memory a block may ask for.
+    pub(crate) shared: usize,
+}
+
+impl Stream {
+    /// The device's primary context and a new stream in it.
+    pub(crate) fn open(ordinal: usize) -> Result<Self, CudaError> {
+        check_libraries()?;
+        let context = CudaContext::new(ordinal).map_err(|error| match error.0 {
+            sys::CUresult::CUDA_ERROR_NO_DEVICE | sys::CUresult::CUDA_ERROR_INVALID_DEVICE => {
+                CudaError::NoDevice(ordinal)
+            }
+            _ => driver("cuDevicePrimaryCtxRetain")(error),
+        })?;
+        let stream = context.new_stream().map_err(driver("cuStreamCreate"))?;
+        Ok(Self { context, stream })
+    }
+
+    /// A stream that exists already.
+    pub(crate) fn adopt(stream: &Arc<CudaStream>) -> Result<Self, CudaError> {
+        check_libraries()?;
+        Ok(Self { context: stream.context().clone(), stream: stream.clone() })
+    }
+
+    pub(crate) fn cuda_stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    pub(crate) fn properties(&self) -> Result<Properties, CudaError> {
+        use sys::CUdevice_attribute as A;
+        let name = result::device::get_name(self.context.cu_device()).map_err(driver("cuDeviceGetName"))?;
+        let attribute = |a| self.context.attribute(a).map_err(driver("cuDeviceGetAttribute"));
+        let positive = |a| Ok::<_, CudaError>(attribute(a)?.unsigned_abs());
+        Ok(Properties {
+            name,
+            capability: (
+                attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            ),
+            multiprocessors: positive(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1),
+            shared: positive(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
+        })
+    }
+
+    fn bind(&self) -> Result<(), CudaError> {
+        self.context.bind_to_thread().map_err(driver("cuCtxSetCurrent"))
+    }
+
+    /// Waits for all work of the stream.
+    pub(crate) fn synchronize(&self) -> Result<(), CudaError> {
+        self.stream.synchronize().map_err(driver("cuStreamSynchronize"))
+    }
+
+    /// So many bytes, zero.
+    pub(crate) fn allocate(&self, bytes: usize) -> Result<Allocation, CudaError> {
+        if bytes == 0 {
+            return Ok(Allocation { pointer: EMPTY, bytes, stream: self.clone() });
+        }
+        self.bind()?;
+        // SAFETY: the stream is alive. The memory is zeroed on the stream before any other work can see it.
+        let pointer = unsafe { result::malloc_async(self.stream.cu_stream(), bytes) };
+        let allocation =
+            Allocation { pointer: pointer.map_err(driver("cuMemAllocAsync"))?, bytes, stream: self.clone() };
+        self.zero(allocation.pointer, bytes)?;
+        Ok(allocation)
+    }
+
+    /// Zeroes bytes of device memory.
+    pub(crate) fn zero(&self, pointer: u64, bytes: usize) -> Result<(), CudaError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: callers give the pointer and length of a mutable view or an allocation of their own.
+        unsafe { result::memset_d8_async(pointer, 0, bytes, self.stream.cu_stream()) }
+            .map_err(driver("cuMemsetD8Async"))
+    }
+
+    /// Copies within device memory.
+    pub(crate) fn copy<T: Item>(&self, from: View<'_, T>, to: &ViewMut<'_, T>) -> Result<(), CudaError> {
+        debug_assert_eq!(from.len(), to.len());
+        if from.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: both views are that long (the caller checked that they are equally long), and a mutable view shares
+        // no memory with another.
+        unsafe {
+            result::memcpy_dtod_async(
+                to.pointer(),
+                from.pointer(),
+                size_of_val_len::<T>(from.len()),
+                self.stream.cu_stream(),
+            )
+        }
+        .map_err(driver("cuMemcpyDtoDAsync"))
+    }
+
+    /// Copies from the host, and waits.
+    pub(crate) fn upload<T: Item>(&self, from: &[T], to: &ViewMut<'_, T>) -> Result<(), CudaError> {
+        debug_assert_eq!(from.len(), to.len());
+        if from.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: the view is as long as the slice, and the slice is borrowed until the copy is over: the next call
+        // waits for it.
+        unsafe { result::memcpy_htod_async(to.pointer(), from, self.stream.cu_stream()) }
+            .map_err(driver("cuMemcpyHtoDAsync"))?;
+        self.synchronize()
+    }
+
+    /// Copies to the host, and waits.
+    pub(crate) fn download<T: Item>(&self, from: View<'_, T>, to: &mut [T]) -> Result<(), CudaError> {
+        debug_assert_eq!(from.len(), to.len());
+        if from.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: the view is as long as the slice, any bits make a `T` (it is `Pod`), and the slice is borrowed until
+        // the copy is over: the next call waits for it.
+        unsafe { result::memcpy_dtoh_async(to, from.pointer(), self.stream.cu_stream()) }
+            .map_err(driver("cuMemcpyDtoHAsync"))?;
+        self.synchronize()
+    }
+
+    /// Launches a kernel.
+    ///
+    /// # Panics
+    /// If the arguments are not of the kernel's number and sizes: a mistake of this crate.
+    pub(crate) fn launch(&self, kernel: &Kernel, shape: Shape, args: &mut Args) -> Result<(), CudaError> {
+        if shape.grid.0 == 0 || shape.grid.1 == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        let function = &kernel.0;
+        assert_eq!(function.sizes, args.sizes[..args.len], "arguments of {}", function.name);
+        if shape.shared > DEFAULT_SHARED {
+            let bytes = c_int::try_from(shape.shared).unwrap_or(c_int::MAX);
+            // SAFETY: the function is alive, for its module is.
+            unsafe {
+                result::function::set_function_attribute(
+                    function.handle,
+                    sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    bytes,
+                )
+            }
+            .map_err(driver("cuFuncSetAttribute"))?;
+        }
+        let mut pointers = [core::ptr::null_mut::<c_void>(); MAX_ARGS];
+        for (pointer, &start) in pointers.iter_mut().zip(&args.starts[..args.len]) {
+            *pointer = (&raw mut args.words[start]).cast();
+        }
+        let shared = u32::try_from(shape.shared).unwrap_or(u32::MAX);
+        // SAFETY: the function is alive, for its module is. There is one pointer for each parameter, to storage of
+        // that parameter's size (asserted above) which the call copies. Which device memory the parameters reach is the
+        // kernel's contract, stated in its file; the operations check it before they launch.
+        unsafe {
+            result::launch_kernel(
+                function.handle,
+                (shape.grid.0, shape.grid.1, 1),
+                (shape.block, 1, 1),
+                shared,
+                self.stream.cu_stream(),
+                &mut pointers[..args.len],
+            )
+        }
+        .map_err(driver(function.name))
+    }
+
+    /// Runs `record`, whose launches are kept instead of made, and gives what was kept.
+    pub(crate) fn capture(&self, record: impl FnOnce() -> Result<(), CudaError>) -> Result<CudaGraph, CudaError> {
+        self.stream
+            .begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+            .map_err(driver("cuStreamBeginCapture"))?;
+        let recorded = record();
+        let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        // The capture ends whatever the recording gave: a stream left in capture is of no use.
+        let graph = self.stream.end_capture(flags).map_err(driver("cuStreamEndCapture"));
+        recorded?;
+        graph?
+            .ok_or_else(|| CudaError::Driver { call: "cuStreamEndCapture", error: "no graph was recorded".to_owned() })
+    }
+}
+
+pub(crate) fn launch_graph(graph: &CudaGraph) -> Result<(), CudaError> {
+    graph.launch().map_err(driver("cuGraphLaunch"))
+}
+
+/// The address of memory of no bytes.
+const EMPTY: u64 = 256;
+/// Shared memory that a kernel may have without asking.
+const DEFAULT_SHARED: usize = 48 << 10;
+
+const fn size_of_val_len<T>(len: usize) -> usize {
+    // A buffer of so many items exists, so their bytes are no more than a usize holds.
+    len * size_of::<T>()
+}
+
+/// Fails unless the libraries are there: cudarc ends the program if it cannot load one.
+fn check_libraries() -> Result<(), CudaError> {
+    // SAFETY: the libraries are NVIDIA's; loading them runs their initializers, which is what they are for.
+    unsafe {
+        if !sys::is_culib_present() {
+            return Err(CudaError::Library("the NVIDIA driver (libcuda)"));
+        }
+        if !nvrtc_sys::is_culib_present() {
+            return Err(CudaError::Library("CUDA's run-time compiler (libnvrtc)"));
+        }
+        if !blas_sys::is_culib_present() {
+            return Err(CudaError::Library("cuBLAS (libcublas)"));
+        }
+    }
+    Ok(())
+}
+
+/// Device memory, freed in the order of the stream.
+pub(crate) struct Allocation {
+    pointer: u64,
+    bytes: usize,
+    stream: Stream,
+}
+
+impl Allocation {
+    pub(crate) fn pointer(&self) -> u64 {
+        self.pointer
+    }
+}
+
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        if self.bytes > 0 && self.stream.bind().is_ok() {
+            // SAFETY: the memory came from `malloc_async`, is freed once, and behind all work that was started with it:
+            // views end before their buffer does. What the driver reports here, the next call reports too.
+            let _ = unsafe { result::free_async(self.pointer, self.stream.stream.cu_stream()) };
+        }
+    }
+}
+
+impl<T: Item> View<'_, T> {
+    /// Memory of the device that another library owns.
+    ///
+    /// # Safety
+    /// * `pointer` is device memory of `len` items, aligned to an item, that lives for the view's lifetime.
+    /// * All work on it is ordered with the work of the [`crate::Cuda`] that the view is used with, as it is on one
+    ///   stream.
+    #[must_use]
+    pub const unsafe fn from_raw(pointer: u64, len: usize) -> Self {
+        Self::at(pointer, len)
+    }
+}
+
+impl<T: Item> ViewMut<'_, T> {
+    /// Memory of the device that another library owns.
+    ///
+    /// # Safety
+    /// * As for [`View::from_raw`].
+    /// * No other view of this memory is used in the view's lifetime.
+    #[must_use]
+    pub const unsafe fn from_raw(pointer: u64, len: usize) -> Self {
+        Self::at(pointer, len)
+    }
+}
+
+/// The shape of a launch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    grid: (u32, u32),
+    block: u32,
+    shared: usize,
+}
+
+impl Shape {
+    /// So many blocks of so many threads. The grid is cut where the device has no more: kernels over more walk on.
+    pub(crate) fn new(blocks: usize, block: u32) -> Self {
+        Self { grid: (u32::try_from(blocks).unwrap_or(u32::MAX).min(i32::MAX as u32), 1), block, shared: 0 }
+    }
+    /// A second dimension of the grid.
+    pub(crate) fn by(mut self, blocks: usize) -> Self {
+        self.grid.1 = u32::try_from(blocks).unwrap_or(u32::MAX);
+        self
+    }
+    /// Bytes of dynamic shared memory.
+    pub(crate) const fn shared(mut self, bytes: usize) -> Self {
+        self.shared = bytes;
+        self
+    }
+}
+
+const MAX_ARGS: usize = 16;
+
+/// The parameters of a launch, in order.
+pub(crate) struct Args {
+    words: [u64; 48],
+    starts: [usize; MAX_ARGS],
+    sizes: [usize; MAX_ARGS],
+    len: usize,
+    used: usize,
+}
+
+impl Args {
+    pub(crate) const fn new() -> Self {
+        Self { words: [0; 48], starts: [0; MAX_ARGS], sizes: [0; MAX_ARGS], len: 0, used: 0 }
+    }
+
+    /// A value as its bytes.
+    pub(crate) fn value<T: bytemuck::NoUninit>(mut self, value: T) -> Self {
+        let bytes = bytemuck::bytes_of(&value);
+        let words = bytes.len().div_ceil(8);
+        bytemuck::cast_slice_mut::<u64, u8>(&mut self.words[self.used..self.used + words])[..bytes.len()]
+            .copy_from_slice(bytes);
+        (self.starts[self.len], self.sizes[self.len]) = (self.used, bytes.len());
+        self.len += 1;
+        self.used += words;
+        self
+    }
+    pub(crate) fn read<T: Item>(self, view: View<'_, T>) -> Self {
+        self.value(view.pointer())
+    }
+    /// A view, or null.
+    pub(crate) fn read_or_null<T: Item>(self, view: Option<View<'_, T>>) -> Self {
+        self.value(view.map_or(0, View::pointer))
+    }
+    pub(crate) fn write<T: Item>(self, view: &ViewMut<'_, T>) -> Self {
+        self.value(view.pointer())
+    }
+}
+
+/// A compiled file on the device.
+pub(crate) struct Module {
+    handle: sys::CUmodule,
+    stream: Stream,
+}
+
+// SAFETY: a module's handle may be used by any thread that has the context bound, which every call here does first.
+unsafe impl Send for Module {}
+// SAFETY: as above; the driver locks what calls share.
+unsafe impl Sync for Module {}
+
+impl Module {
+    pub(crate) fn load(stream: &Stream, image: &[u8]) -> Result<Self, CudaError> {
+        stream.bind()?;
+        // SAFETY: the image is what the compiler gave, or a file whose checksum says that it is; the driver checks
+        // its headers and copies it.
+        let handle = unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(driver("cuModuleLoadData"))?;
+        Ok(Self { handle, stream: stream.clone() })
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        // Work that still runs a kernel of this module must be over.
+        if self.stream.synchronize().is_ok() {
+            // SAFETY: the module is alive, nothing runs in it, and kernels of it hold it alive.
+            let _ = unsafe { result::module::unload(self.handle) };
+        }
+    }
+}
+
+struct Function {
+    handle: sys::CUfunction,
+    name: &'static str,
+    /// The sizes of its parameters in bytes.
+    sizes: Vec<usize>,
+    _module: Arc<Module>,
+}
+
+// SAFETY: as for `Module`.
+unsafe impl Send for Function {}
+// SAFETY: as for `Module`.
+unsafe impl Sync for Function {}
+
+/// A kernel that can be launched.
+#[derive(Clone)]
+pub(crate) struct Kernel(Arc<Function>);
+
+impl Kernel {
+    pub(crate) fn find(module: &Arc<Module>, name: &'static str) -> Result<Self, CudaError> {
+        module.stream.bind()?;
+        let c_name = CString::new(name).unwrap_or_default();
+        // SAFETY: the module is alive.
+        let handle = unsafe { result::module::get_function(module.handle, c_name) }.map_err(driver(name))?;
+        let mut sizes = Vec::new();
+        let (mut offset, mut size) = (0, 0);
+        // SAFETY: the function is alive and both pointers are to locals; behind the last parameter this is an error.
+        while unsafe { sys::cuFuncGetParamInfo(handle, sizes.len(), &raw mut offset, &raw mut size) }.result().is_ok() {
+            sizes.push(size);
+        }
+        Ok(Self(Arc::new(Function { handle, name, sizes, _module: module.clone() })))
+    }
+}
+
+/// The version of the run-time compiler.
+pub(crate) fn compiler_version() -> Result<(i32, i32), CudaError> {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: both pointers are to locals.
+    unsafe { nvrtc_sys::nvrtcVersion(&raw mut major, &raw mut minor) }
+        .result()
+        .map_err(|e| CudaError::Compile { file: "", log: format!("nvrtcVersion: {e}") })?;
+    Ok((major, minor))
+}
+
+/// Compiles a file for an architecture.
+pub(crate) fn compile(file: &'static str, source: &str, options: &[String]) -> Result<Vec<u8>, CudaError> {
+    let fail = |log: String| CudaError::Compile { file, log };
+    let source = CString::new(source).map_err(|_| fail("the source has a zero byte".to_owned()))?;
+    let name = CString::new(file).unwrap_or_default();
+    let program = nvrtc::create_program(&source, Some(&name)).map_err(|e| fail(format!("nvrtcCreateProgram: {e}")))?;
+    // SAFETY: the program is alive until it is destroyed below, once.
+    let compiled = unsafe { nvrtc::compile_program(program, options) };
+    let image = match compiled {
+        Ok(()) => cubin(program).map_err(|e| fail(format!("nvrtcGetCUBIN: {e}"))),
+        Err(error) => {
+            // SAFETY: as above.
+            let log = unsafe { nvrtc::get_program_log(program) }.unwrap_or_default();
+            let log: Vec<u8> = log.iter().map(|c| c.cast_unsigned()).take_while(|&c| c != 0).collect();
+            Err(fail(format!("{error}: {}", String::from_utf8_lossy(&log))))
+        }
+    };
+    // SAFETY: as above; `source` and `name` are still alive.
+    let _ = unsafe { nvrtc::destroy_program(program) };
+    image
+}
+
+fn cubin(program: nvrtc_sys::nvrtcProgram) -> Result<Vec<u8>, nvrtc::NvrtcError> {
+    let mut len = 0;
+    // SAFETY: the program is alive and compiled; the pointer is to a local.
+    unsafe { nvrtc_sys::nvrtcGetCUBINSize(program, &raw mut len) }.result()?;
+    let mut image = vec![0u8; len];
+    // SAFETY: the buffer is as long as the library said.
+    unsafe { nvrtc_sys::nvrtcGetCUBIN(program, image.as_mut_ptr().cast::<c_char>()) }.result()?;
+    Ok(image)
+}
+
+/// A matrix of a product, row-major: `rows` rows of `columns`, a row beginning every `stride` elements.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Matrix {
+    pub(crate) pointer: u64,
+    /// Elements from one row to the next.
+    pub(crate) stride: usize,
+    /// Elements from one matrix of a batch to the next.
+    pub(crate) batch: usize,
+    /// Whether the matrix is used transposed.
+    pub(crate) transposed: bool,
+}
+
+/// What a product's operands are stored as. The sum is made in f32 either way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operands {
+    F32,
+    Bf16,
+}
+
+/// `out [m, n] = a [m, k] · b [k, n]`, for each of a batch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Product {
+    pub(crate) operands: Operands,
+    pub(crate) sizes: [usize; 3],
+    pub(crate) batch: usize,
+    pub(crate) a: Matrix,
+    pub(crate) b: Matrix,
+    pub(crate) out: Matrix,
+    pub(crate) accumulate: bool,
+}
+
+/// cuBLAS on a stream, with a workspace of its own.
+pub(crate) struct Blas {
+    handle: Mutex<Handle>,
+    stream: Stream,
+    _workspace: Allocation,
+}
+
+struct Handle(blas_sys::cublasHandle_t);
+
+// SAFETY: a cuBLAS handle may be used by one thread at a time, whichever; the mutex around it sees to that.
+unsafe impl Send for Handle {}
+
+/// What NVIDIA recommends for Hopper.
+const BLAS_WORKSPACE: usize = 32 << 20;
+
+fn blas_error(call: &'static str) -> impl Fn(blas::CublasError) -> CudaError {
+    move |error| CudaError::Blas { call, error: format!("{error:?}") }
+}
+
+impl Blas {
+    pub(crate) fn new(stream: &Stream) -> Result<Self, CudaError> {
+        stream.bind()?;
+        let workspace = stream.allocate(BLAS_WORKSPACE)?;
+        let handle = blas::create_handle().map_err(blas_error("cublasCreate"))?;
+        let this = Self { handle: Mutex::new(Handle(handle)), stream: stream.clone(), _workspace: workspace };
+        // SAFETY: handle and stream are alive and of one context; the workspace is kept as long as the handle.
+        // Setting the stream resets the workspace, so it comes second.
+        unsafe {
+            blas::set_stream(handle, stream.stream.cu_stream().cast()).map_err(blas_error("cublasSetStream"))?;
+            blas_sys::cublasSetWorkspace_v2(handle, this._workspace.pointer as *mut c_void, BLAS_WORKSPACE)
+                .result()
+                .map_err(blas_error("cublasSetWorkspace"))?;
+            // Without leave for TF32: f32 products are made in f32.
+            blas_sys::cublasSetMathMode(handle, blas_sys::cublasMath_t::CUBLAS_DEFAULT_MATH)
+                .result()
+                .map_err(blas_error("cublasSetMathMode"))?;
+            blas_sys::cublasSetAtomicsMode(handle, blas_sys::cublasAtomicsMode_t::CUBLAS_ATOMICS_NOT_ALLOWED)
+                .result()
+                .map_err(blas_error("cublasSetAtomicsMode"))?;
+        }
+        Ok(this)
+    }
+
+    pub(crate) fn product(&self, product: &Product) -> Result<(), CudaError> {
+        use blas_sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
+        const CALL: &str = "cublasGemmStridedBatchedEx";
+        let [m, n, k] = product.sizes;
+        if m == 0 || n == 0 || product.batch == 0 {
+            return Ok(());
+        }
+        let too_large = |_| CudaError::Blas { call: CALL, error: "a matrix has 2^31 rows or columns".to_owned() };
+        let int = |x: usize| c_int::try_from(x).map_err(too_large);
+        let step = |x: usize| i64::try_from(x).unwrap_or(i64::MAX);
+        let op = |matrix: &Matrix| if matrix.transposed { CUBLAS_OP_T } else { CUBLAS_OP_N };
+        let (alpha, beta) = (1.0f32, if product.accumulate { 1.0f32 } else { 0.0 });
+        let of = match product.operands {
+            Operands::F32 => blas_sys::cudaDataType_t::CUDA_R_32F,
+            Operands::Bf16 => blas_sys::cudaDataType_t::CUDA_R_16BF,
+        };
+        self.stream.bind()?;
+        let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
+        // cuBLAS counts by columns, where a row-major matrix is its transpose: outᵀ = bᵀ · aᵀ.
+        // SAFETY: the handle is alive; alpha and beta are locals that the call reads; the matrices lie in views whose
+        // lengths the operation checked against these sizes.
+        unsafe {
+            blas::gemm_strided_batched_ex(
+                handle.0,
+                op(&product.b),
+                op(&product.a),
+                int(n)?,
+                int(m)?,
+                int(k)?,
+                (&raw const alpha).cast(),
+                product.b.pointer as *const c_void,
+                of,
+                int(product.b.stride)?,
+                step(product.b.batch),
+                product.a.pointer as *const c_void,
+                of,
+                int(product.a.stride)?,
+                step(product.a.batch),
+                (&raw const beta).cast(),
+                product.out.pointer as *mut c_void,
+                blas_sys::cudaDataType_t::CUDA_R_32F,
+                int(product.out.stride)?,
+                step(product.out.batch),
+                int(product.batch)?,
+                blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                blas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
+        }
+        .map_err(blas_error(CALL))
+    }
+}
+
+impl Drop for Blas {
+    fn drop(&mut self) {
+        if self.stream.synchronize().is_ok() {
+            let handle = self.handle.get_mut().unwrap_or_else(PoisonError::into_inner);
+            // SAFETY: the handle is alive, is destroyed once, and its work is over.
+            let _ = unsafe { blas::destroy_handle(handle.0) };
+        }
+    }
+}
+
+/// A point in the stream's work, to measure time from.
+pub(crate) struct Event {
+    handle: sys::CUevent,
+    stream: Stream,
+}
+
+impl Event {
+    /// A point behind what was started so far.
+    pub(crate) fn record(stream: &Stream) -> Result<Self, CudaError> {
+        stream.bind()?;
+        let handle = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(driver("cuEventCreate"))?;
+        let event = Self { handle, stream: stream.clone() };
+        // SAFETY: event and stream are alive and of one context.
+        unsafe { result::event::record(event.handle, stream.stream.cu_stream()) }.map_err(driver("cuEventRecord"))?;
+        Ok(event)
+    }
+
+    /// Waits for both, and gives the milliseconds between them.
+    pub(crate) fn milliseconds_until(&self, end: &Self) -> Result<f32, CudaError> {
+        self.stream.bind()?;
+        // SAFETY: both events are alive and recorded.
+        unsafe {
+            result::event::synchronize(end.handle).map_err(driver("cuEventSynchronize"))?;
+            result::event::elapsed(self.handle, end.handle).map_err(driver("cuEventElapsedTime"))
+        }
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if self.stream.bind().is_ok() {
+            // SAFETY: the event is alive and destroyed once; the driver waits with that until it is over.
+            let _ = unsafe { result::event::destroy(self.handle) };
+        }
+    }
+}

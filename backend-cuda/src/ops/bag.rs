@@ -1,0 +1,171 @@
+//! Weighted sums of rows and dots with rows.
+
+use memlayer_core::ops::EmbeddingBag;
+use memlayer_core::ops::bag::{BagDot, BagSum};
+use memlayer_core::{ArgError, Element, Table};
+
+use super::{aligned, number_of, size};
+use crate::Cuda;
+use crate::error::CudaError;
+use crate::kernels::{File, Variant, format};
+use crate::launch::{Args, Shape};
+use crate::memory::Rows;
+
+const BLOCK: u32 = 128;
+
+/// How a table is read: `lane` codes at once by each lane, `team` lanes for a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Reading {
+    lane: usize,
+    team: usize,
+}
+
+impl Reading {
+    /// The widest loads that codes of `bytes` at `pointer`, in rows of `dim` and groups of `group`, can be read with, and
+    /// that leave work for the least team.
+    fn widest(pointer: u64, bytes: usize, dim: usize, group: usize) -> Self {
+        let mut lane = 16 / bytes;
+        while lane > 1 && (!fits(lane, pointer, bytes, dim, group) || dim / lane < 8) {
+            lane /= 2;
+        }
+        Self { lane, team: (dim / lane).next_power_of_two().clamp(8, 32) }
+    }
+
+    /// Loads of 4 bytes, for few tokens.
+    fn narrow(pointer: u64, bytes: usize, dim: usize, group: usize) -> Option<Self> {
+        let lane = 4 / bytes;
+        fits(lane, pointer, bytes, dim, group).then_some(Self { lane, team: 32 })
+    }
+}
+
+/// Whether `lane` codes at once divide rows and groups, and are aligned.
+fn fits(lane: usize, pointer: u64, bytes: usize, dim: usize, group: usize) -> bool {
+    dim.is_multiple_of(lane)
+        && (group >= dim || group.is_multiple_of(lane))
+        && pointer.is_multiple_of((lane * bytes) as u64)
+}
+
+macro_rules! named {
+    ($prefix:literal, $lane:expr) => {
+        match $lane {
+            1 => concat!($prefix, "_1"),
+            2 => concat!($prefix, "_2"),
+            4 => concat!($prefix, "_4"),
+            8 => concat!($prefix, "_8"),
+            _ => concat!($prefix, "_16"),
+        }
+    };
+}
+
+/// Fails where a table has no rows to read: a kernel needs one to turn bad ids to.
+pub(crate) fn check_rows(op: &'static str, rows: usize, ids: usize) -> Result<(), ArgError> {
+    if rows == 0 && ids > 0 { Err(ArgError::RowOutOfRange { op, row: 0, rows }) } else { Ok(()) }
+}
+
+impl<E: Element> EmbeddingBag<Rows<'_, E>> for Cuda {
+    fn bag_sum(&self, table: &Rows<'_, E>, args: BagSum<'_, Self>) -> Result<(), CudaError> {
+        const OP: &str = "bag_sum";
+        let tokens = args.check(table.dim())?;
+        check_rows(OP, table.rows(), args.ids.len())?;
+        self.sum_bags(OP, table, tokens, args)
+    }
+
+    fn bag_dot(&self, table: &Rows<'_, E>, args: BagDot<'_, Self>) -> Result<(), CudaError> {
+        const OP: &str = "bag_dot";
+        let tokens = args.check(table.dim())?;
+        check_rows(OP, table.rows(), args.ids.len())?;
+        if tokens == 0 {
+            return Ok(());
+        }
+        let (dim, bytes) = (table.dim, size_of::<E>());
+        let reading = Reading::widest(table.codes.pointer(), bytes, dim, table.group);
+        let variant = Variant::of(File::Bag).format(format::<E>(OP)?);
+        let kernel = self.kernels.get(variant, named!("bag_dot", reading.lane))?;
+        // A team takes eight rows of a bag.
+        let lanes = tokens * args.bag.div_ceil(8) * reading.team;
+        let mut launch = table_args(OP, table)?
+            .read(args.ids)
+            .read(args.vectors)
+            .write(&args.out)
+            .value(size(OP, "bag", args.bag)?)
+            .value(size(OP, "tokens", tokens)?)
+            .value(size(OP, "team", reading.team)?)
+            .value(u32::from(aligned(args.vectors.pointer(), dim)))
+            .value(self.flag.view().pointer())
+            .value(number_of(OP));
+        self.stream.launch(&kernel, Shape::new(lanes.div_ceil(BLOCK as usize), BLOCK), &mut launch)
+    }
+}
+
+/// The parameters that describe a table.
+fn table_args<E: Element>(op: &'static str, table: &Rows<'_, E>) -> Result<Args, CudaError> {
+    Ok(Args::new()
+        .read(table.codes)
+        .read_or_null::<f32>(table.scales)
+        .value(table.rows() as u64)
+        .value(size(op, "width of the rows", table.dim)?)
+        .value(size(op, "group", table.group.min(table.dim))?))
+}
+
+impl Cuda {
+    /// `bag_sum` under the name of the operation that asks for it, its arguments checked.
+    pub(crate) fn sum_bags<E: Element>(
+        &self,
+        op: &'static str,
+        table: &Rows<'_, E>,
+        tokens: usize,
+        args: BagSum<'_, Self>,
+    ) -> Result<(), CudaError> {
+        if tokens == 0 {
+            return Ok(());
+        }
+        let (dim, bytes) = (table.dim, size_of::<E>());
+        let pointer = table.codes.pointer();
+        let mut reading = Reading::widest(pointer, bytes, dim, table.group);
+        let mut name = named!("bag_sum", reading.lane);
+        // Where so few tokens would leave most of the device idle, more and narrower teams read them.
+        if tokens * dim / reading.lane < self.properties.multiprocessors as usize * 64
+            && let Some(narrow) = Reading::narrow(pointer, bytes, dim, table.group)
+        {
+            (reading, name) = (narrow, "bag_sum_few");
+        }
+        let variant = Variant::of(File::Bag).format(format::<E>(op)?);
+        let kernel = self.kernels.get(variant, name)?;
+        let slices = dim.div_ceil(reading.team * reading.lane);
+        let lanes = tokens * slices * reading.team;
+        let mut launch = table_args(op, table)?
+            .read(args.ids)
+            .read(args.weights)
+            .write(&args.out)
+            .value(size(op, "bag", args.bag)?)
+            .value(size(op, "tokens", tokens)?)
+            .value(u32::from(args.accumulate))
+            .value(size(op, "team", reading.team)?)
+            .value(u32::from(aligned(args.out.pointer(), dim)))
+            .value(self.flag.view().pointer())
+            .value(number_of(op));
+        self.stream.launch(&kernel, Shape::new(lanes.div_ceil(BLOCK as usize), BLOCK), &mut launch)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loads_are_as_wide_as_rows_allow() {
+        let lane = |pointer, bytes, dim, group| Reading::widest(pointer, bytes, dim, group).lane;
+        assert_eq!(lane(0, 2, 1024, 1024), 8);
+        assert_eq!(lane(0, 2, 100, 100), 4);
+        assert_eq!(lane(0, 1, 1000, 1000), 8);
+        assert_eq!(lane(0, 1, 17, 17), 1);
+        assert_eq!(lane(4, 4, 1024, 1024), 1);
+        assert_eq!(lane(0, 1, 1024, 4), 4, "a group is not split by a load");
+        assert_eq!(lane(0, 2, 24, 24), 2, "a team has eight lanes");
+        assert_eq!(Reading::widest(0, 2, 256, 256), Reading { lane: 8, team: 32 });
+        assert_eq!(Reading::widest(0, 2, 100, 100), Reading { lane: 4, team: 32 });
+        assert_eq!(Reading::widest(0, 4, 2, 2), Reading { lane: 1, team: 8 });
+        assert_eq!(Reading::narrow(0, 1, 100, 100), Some(Reading { lane: 4, team: 32 }));
+        assert_eq!(Reading::narrow(0, 2, 17, 17), None);
+    }
+}

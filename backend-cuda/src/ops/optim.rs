@@ -1,0 +1,281 @@
+//! Row updates.
+
+use memlayer_core::error::check_len;
+use memlayer_core::ops::optim::{
+    Adagrad, Adam, AdamFactors, Rounding, RowRule, RowUpdate, RowwiseAdagrad, RowwiseAdam, Sgd, Step, check_state,
+};
+use memlayer_core::ops::plan::{CHUNK, RowGradient, RowPlan};
+use memlayer_core::random::mix;
+use memlayer_core::{Scratch, ScratchReq, Table, Trainable};
+
+use super::plan::{Destination, GradientArg, Lists, LongRows, PlanArg, SHORT, pieces, row_block, short_block};
+use super::{aligned, number_of, size};
+use crate::Cuda;
+use crate::error::CudaError;
+use crate::kernels::{File, Variant, format};
+use crate::launch::{Args, Shape};
+use crate::memory::{TrainRows, View, ViewMut};
+
+/// Gradients of long rows that [`RowUpdate::reduce_and_update`] holds at a time.
+const SLOTS: usize = 512;
+
+/// What all rows of a step share, as kernels take it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct Factors {
+    grad_scale: f32,
+    rate: f32,
+    eps: f32,
+    beta1: f32,
+    beta2: f32,
+    one_less_beta1: f32,
+    one_less_beta2: f32,
+    stochastic: u32,
+    seed: u64,
+    count: u64,
+}
+
+/// The row rules that there are kernels for: those of [`memlayer_core::ops::optim`].
+pub trait DeviceRule: RowRule + sealed::Sealed {
+    /// The rule's number in `optim.cu`.
+    #[doc(hidden)]
+    const NUMBER: u32;
+    /// Whether it needs a row's mean square.
+    #[doc(hidden)]
+    const ROWWISE: bool = false;
+    /// What the rule multiplies by.
+    #[doc(hidden)]
+    fn device_factors(&self, step: &Step) -> Factors;
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+fn adam(f: AdamFactors<f32>) -> Factors {
+    Factors {
+        rate: f.rate,
+        eps: f.eps,
+        beta1: f.beta1,
+        beta2: f.beta2,
+        one_less_beta1: f.one_less_beta1,
+        one_less_beta2: f.one_less_beta2,
+        ..Factors::default()
+    }
+}
+
+macro_rules! rules {
+    ($($rule:ty, $number:literal, $rowwise:literal, $factors:expr;)*) => {
+        $(
+            impl sealed::Sealed for $rule {}
+            impl DeviceRule for $rule {
+                const NUMBER: u32 = $number;
+                const ROWWISE: bool = $rowwise;
+                fn device_factors(&self, step: &Step) -> Factors {
+                    $factors(self.factors::<f32>(step))
+                }
+            }
+        )*
+    };
+}
+rules! {
+    Sgd, 0, false, |rate| Factors { rate, ..Factors::default() };
+    Adagrad, 1, false, |(rate, eps)| Factors { rate, eps, ..Factors::default() };
+    RowwiseAdagrad, 2, true, |(rate, eps)| Factors { rate, eps, ..Factors::default() };
+    Adam, 3, false, adam;
+    RowwiseAdam, 4, true, adam;
+}
+
+/// A table in training as kernels take it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+struct RowsArg {
+    codes: u64,
+    state: u64,
+    rows: u64,
+    dim: u32,
+    state_len: u32,
+}
+
+/// An update of a table, checked.
+struct Update {
+    op: &'static str,
+    rows: RowsArg,
+    factors: Factors,
+    plan: PlanArg,
+    variant: Variant,
+    /// Whether four columns may be read at once, as far as the table is concerned.
+    wide: bool,
+    /// Bytes of shared memory of a block.
+    shared: usize,
+}
+
+impl Cuda {
+    fn update_of<E: Trainable, O: DeviceRule>(
+        &self,
+        op: &'static str,
+        table: &TrainRows<'_, E>,
+        rule: &O,
+        step: &Step,
+        plan: &RowPlan<'_, Self>,
+    ) -> Result<Update, CudaError> {
+        check_state(op, rule, table.dim, table.state_len)?;
+        let format = format::<E>(op)?;
+        if format != 0 && format != 2 {
+            return Err(CudaError::Unsupported { op, what: "training in rows other than f32 and bf16" });
+        }
+        let mut factors = rule.device_factors(step);
+        #[allow(clippy::cast_possible_truncation, reason = "as core's own: rounded to the scalar")]
+        {
+            factors.grad_scale = step.grad_scale as f32;
+        }
+        if let Rounding::Stochastic { seed } = step.rounding {
+            (factors.stochastic, factors.seed, factors.count) = (1, seed, mix(step.count));
+        }
+        let shared = if O::ROWWISE { table.dim * size_of::<f32>() } else { 0 };
+        if shared > self.properties.shared.saturating_sub(1024) {
+            return Err(CudaError::Unsupported { op, what: "a row-wise rule over rows as wide as these" });
+        }
+        let state_aligned = O::ROWWISE || table.state_len == 0 || aligned(table.state.pointer(), table.dim);
+        let codes_aligned =
+            table.dim.is_multiple_of(4) && table.codes.pointer().is_multiple_of(4 * size_of::<E>() as u64);
+        Ok(Update {
+            op,
+            rows: RowsArg {
+                codes: table.codes.pointer(),
+                state: table.state.pointer(),
+                rows: table.rows() as u64,
+                dim: size(op, "width of the rows", table.dim)?,
+                state_len: size(op, "state of a row", table.state_len)?,
+            },
+            factors,
+            plan: PlanArg::new(op, plan)?,
+            variant: Variant::of(File::Optim).format(format).rule(O::NUMBER),
+            wide: state_aligned && codes_aligned,
+            shared,
+        })
+    }
+}
+
+impl Update {
+    /// The parameters that every kernel begins with.
+    fn args(&self) -> Args {
+        Args::new().value(self.rows).value(self.factors).value(self.plan)
+    }
+    /// Pieces of a row.
+    fn pieces(&self, wide: bool) -> usize {
+        pieces(self.rows.dim as usize, wide)
+    }
+}
+
+impl<E: Trainable, O: DeviceRule> RowUpdate<TrainRows<'_, E>, O> for Cuda {
+    fn update_scratch(&self, _dim: usize) -> ScratchReq {
+        ScratchReq::EMPTY
+    }
+
+    fn update(
+        &self,
+        table: TrainRows<'_, E>,
+        rule: &O,
+        step: &Step,
+        plan: RowPlan<'_, Self>,
+        grads: View<'_, f32>,
+        _scratch: Scratch<'_, Self>,
+    ) -> Result<(), CudaError> {
+        const OP: &str = "update";
+        let update = self.update_of(OP, &table, rule, step, &plan)?;
+        let wide = update.wide && aligned(grads.pointer(), table.dim);
+        let block = short_block(update.pieces(wide));
+        let entries = plan.entries.len();
+        if entries == 0 {
+            return Ok(());
+        }
+        let mut args = update
+            .args()
+            .read(grads)
+            .value((grads.len() / table.dim) as u64)
+            .value(self.flag.view().pointer())
+            .value(number_of(OP));
+        let kernel = self.kernels.get(update.variant, if wide { "update_4" } else { "update_1" })?;
+        let shape = Shape::new(self.row_blocks(entries, block), block).shared(update.shared);
+        self.stream.launch(&kernel, shape, &mut args)
+    }
+
+    fn reduce_and_update_scratch(&self, dim: usize) -> ScratchReq {
+        // Gradients of long rows, which many blocks sum before one changes the row.
+        ScratchReq::new(SLOTS * dim, 0)
+    }
+
+    fn reduce_and_update(
+        &self,
+        table: TrainRows<'_, E>,
+        rule: &O,
+        step: &Step,
+        plan: RowPlan<'_, Self>,
+        gradient: RowGradient<'_, Self>,
+        scratch: Scratch<'_, Self>,
+    ) -> Result<(), CudaError> {
+        const OP: &str = "reduce_and_update";
+        gradient.check(OP, &plan)?;
+        check_len(OP, "width of the gradient", table.dim, gradient.dim)?;
+        scratch.check(OP, RowUpdate::<TrainRows<'_, E>, O>::reduce_and_update_scratch(self, table.dim))?;
+        let update = self.update_of(OP, &table, rule, step, &plan)?;
+        let gradient = GradientArg::new(OP, &gradient)?;
+        let entries = plan.entries.len();
+        if entries == 0 {
+            return Ok(());
+        }
+        let lists = self.lists()?;
+        let wide = update.wide && gradient.is_wide();
+        let args = || {
+            let args = update.args().value(gradient).value(lists);
+            args.value(self.flag.view().pointer()).value(number_of(OP))
+        };
+        let kernel = self.kernels.get(update.variant, if wide { "update_short_4" } else { "update_short_1" })?;
+        let block = short_block(update.pieces(wide));
+        let shape = Shape::new(self.row_blocks(entries, block), block).shared(update.shared);
+        self.stream.launch(&kernel, shape, &mut args())?;
+        if entries > SHORT {
+            let kernel = self.kernels.get(update.variant, if wide { "update_middle_4" } else { "update_middle_1" })?;
+            let block = row_block(update.pieces(wide));
+            let shape = Shape::new(self.row_blocks(entries.div_ceil(SHORT), block), block).shared(update.shared);
+            self.stream.launch(&kernel, shape, &mut args())?;
+        }
+        if entries > CHUNK {
+            let (slots, _) = scratch.take_reals(SLOTS * table.dim);
+            self.update_long_rows(&update, gradient, lists, &slots, entries / CHUNK)?;
+        }
+        Ok(())
+    }
+}
+
+impl Cuda {
+    /// Sums and applies the gradients of the longest rows. The plan stays on the device, so how many they are is not
+    /// known here: there are launches for as many as there can be, SLOTS at a time.
+    fn update_long_rows(
+        &self,
+        update: &Update,
+        gradient: GradientArg,
+        lists: Lists,
+        slots: &ViewMut<'_, f32>,
+        most: usize,
+    ) -> Result<(), CudaError> {
+        let op = update.op;
+        let wide = update.wide && aligned(slots.pointer(), update.rows.dim as usize);
+        let kernel = self.kernels.get(update.variant, if wide { "update_long_4" } else { "update_long_1" })?;
+        let to = Destination::new(slots.pointer(), SLOTS, false);
+        for first in (0..most).step_by(SLOTS) {
+            let count = SLOTS.min(most - first);
+            self.reduce_long(op, update.plan, gradient, lists, to, LongRows { first, count, slots: true })?;
+            let mut args = update
+                .args()
+                .value(lists)
+                .value(slots.pointer())
+                .value(size(op, "entries", first)?)
+                .value(self.flag.view().pointer());
+            let shape = Shape::new(count, row_block(update.pieces(wide))).shared(update.shared);
+            self.stream.launch(&kernel, shape, &mut args)?;
+        }
+        Ok(())
+    }
+}

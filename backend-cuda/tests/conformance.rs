@@ -1,0 +1,300 @@
+//! The suite and the golden files on device 0, and what only this backend has.
+//!
+//! Without a device the tests are skipped and say so; `MEMLAYER_REQUIRE=cuda` or `MEMLAYER_REQUIRE_CUDA=1` makes that a
+//! failure.
+
+use std::path::Path;
+
+use memlayer_core::ops::bag::BagSum;
+use memlayer_core::ops::optim::{Rounding, RowRule, RowUpdate, RowwiseAdagrad, Sgd, Step};
+use memlayer_core::ops::plan::{PlanBuffers, RowGradient};
+use memlayer_core::ops::select::{Select, SelectDims};
+use memlayer_core::ops::{EmbeddingBag, RowReduce, SelectRows};
+use memlayer_core::{ArgError, Bf16, Device, Reference, Trainable};
+use memlayer_cuda::{Buffer, Cuda, CudaError, Rows, Scores, TrainRows};
+use memlayer_tests::conformance::{assert_same_bits, skipped};
+use memlayer_tests::device::{Memory, TestDevice};
+use memlayer_tests::golden::{check_on, files_in};
+use memlayer_tests::random::Random;
+
+/// Device 0, if there is one. Any other reason for having none is a failure.
+fn cuda() -> Option<Cuda> {
+    match Cuda::new(0) {
+        Ok(cuda) => Some(cuda),
+        Err(error @ (CudaError::Library(_) | CudaError::NoDevice(_))) => {
+            let required = std::env::var("MEMLAYER_REQUIRE_CUDA").is_ok_and(|v| v == "1");
+            assert!(!required, "a CUDA device is required here: {error}");
+            None
+        }
+        Err(error) => panic!("device 0: {error}"),
+    }
+}
+
+memlayer_tests::conformance!(cuda, cuda);
+
+#[test]
+fn golden_files_agree() {
+    let Some(cuda) = cuda() else { return skipped("cuda") };
+    let folder = std::env::var("MEMLAYER_GOLDEN")
+        .unwrap_or_else(|_| Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").display().to_string());
+    let mut checked = 0;
+    for file in files_in(Path::new(&folder)).expect("the folder of golden files") {
+        if let Some(outcome) = check_on(&file, &cuda).expect("a golden file") {
+            assert!(outcome.ok(), "{outcome:#?}");
+            checked += 1;
+        }
+    }
+    assert!(checked >= 13, "only {checked} golden files of layers and row rules in {folder}");
+}
+
+#[test]
+fn a_bad_id_is_reported_once_and_by_name() {
+    let Some(cuda) = cuda() else { return skipped("cuda") };
+    let table = cuda.upload(&[1f32; 12]).expect("a buffer");
+    let (ids, weights) = (cuda.upload(&[0u32, 7]).expect("ids"), cuda.upload(&[1f32; 2]).expect("weights"));
+    let mut out = cuda.zeros::<f32>(4).expect("a buffer");
+    let args = BagSum { bag: 2, ids: ids.view(), weights: weights.view(), out: out.view_mut(), accumulate: false };
+    cuda.bag_sum(&Rows::new(table.view(), 4), args).expect("a launch");
+    let found = cuda.synchronize();
+    assert_eq!(found, Err(CudaError::Arg(ArgError::RowOutOfRange { op: "bag_sum", row: 7, rows: 3 })));
+    assert_eq!(cuda.synchronize(), Ok(()));
+}
+
+/// Plans and updates once, in rows of `E`.
+fn step<E: Trainable, O>(cuda: &Cuda, rule: &O, step: &Step, case: &Case, table: &[E], ids: &[u32]) -> Vec<E>
+where
+    O: RowRule + memlayer_cuda::DeviceRule,
+{
+    let mut table = cuda.upload(table).expect("a table");
+    let mut state = cuda.zeros::<f32>(case.rows * rule.state_len(case.dim)).expect("a state");
+    update(cuda, rule, step, case, &mut table, &mut state, ids);
+    TestDevice::download(cuda, &table)
+}
+
+fn update<E: Trainable, O>(
+    cuda: &Cuda,
+    rule: &O,
+    step: &Step,
+    case: &Case,
+    table: &mut Buffer<E>,
+    state: &mut Buffer<f32>,
+    ids: &[u32],
+) where
+    O: RowRule + memlayer_cuda::DeviceRule,
+{
+    let entries = ids.len();
+    let ids = cuda.upload(ids).expect("ids");
+    let mut buffer = cuda.zeros::<u32>(PlanBuffers::<Cuda>::ids_len(entries)).expect("a plan");
+    let (mut plan, _) = PlanBuffers::<Cuda>::carve(buffer.view_mut(), entries).expect("a plan");
+    let mut scratch = Memory::new(cuda, cuda.plan_scratch(entries));
+    cuda.plan(ids.view(), case.rows, plan.reborrow(), scratch.lend()).expect("a plan");
+    let (weights, sources) =
+        (cuda.upload(&case.weights).expect("weights"), cuda.upload(&case.sources).expect("sources"));
+    let gradient = RowGradient { bag: case.bag, dim: case.dim, weights: weights.view(), sources: sources.view() };
+    let req = RowUpdate::<TrainRows<'_, E>, O>::reduce_and_update_scratch(cuda, case.dim);
+    let mut scratch = Memory::new(cuda, req);
+    let rows = TrainRows::new(table.view_mut(), case.dim, state.view_mut(), rule.state_len(case.dim)).expect("rows");
+    cuda.reduce_and_update(rows, rule, step, plan.plan(), gradient, scratch.lend()).expect("an update");
+}
+
+struct Case {
+    rows: usize,
+    dim: usize,
+    bag: usize,
+    weights: Vec<f32>,
+    sources: Vec<f32>,
+}
+
+impl Case {
+    fn new(random: &mut Random, rows: usize, dim: usize, bag: usize, entries: usize) -> Self {
+        Self { rows, dim, bag, weights: random.reals(entries), sources: random.reals(entries / bag * dim) }
+    }
+}
+
+#[test]
+fn bf16_rows_have_the_references_bits_rounded_either_way() {
+    let Some(cuda) = cuda() else { return skipped("cuda") };
+    for (seed, dim) in [(1, 64), (2, 100), (3, 17), (4, 1024)] {
+        let mut random = Random::new(seed);
+        let (rows, bag, entries) = (300, 4, 2400);
+        let case = Case::new(&mut random, rows, dim, bag, entries);
+        // Some rows are long, so that both ways of updating are used.
+        let ids: Vec<u32> = random.ids(entries, rows).into_iter().map(|id| if id % 3 == 0 { 5 } else { id }).collect();
+        let table: Vec<Bf16> = random.reals::<f32>(rows * dim).into_iter().map(Bf16::from_f32).collect();
+        for rounding in [Rounding::Nearest, Rounding::Stochastic { seed: 99 }] {
+            let mut the_step = Step::new(0.1, 3);
+            the_step.rounding = rounding;
+            let rule = RowwiseAdagrad { eps: 1e-8 };
+            let found = step(&cuda, &rule, &the_step, &case, &table, &ids);
+            cuda.synchronize().expect("an update");
+            let expected = on_reference(&rule, &the_step, &case, &table, &ids);
+            assert!(expected == found, "rows of {dim}, {rounding:?}");
+        }
+    }
+}
+
+/// The same on the reference.
+fn on_reference<O: RowRule>(rule: &O, step: &Step, case: &Case, table: &[Bf16], ids: &[u32]) -> Vec<Bf16> {
+    type R = Reference<f32>;
+    let reference = R::new();
+    let (mut table, mut state) = (table.to_vec(), vec![0f32; case.rows * rule.state_len(case.dim)]);
+    let mut buffer = vec![0u32; PlanBuffers::<R>::ids_len(ids.len())];
+    let (mut plan, _) = PlanBuffers::<R>::carve(&mut buffer, ids.len()).expect("a plan");
+    let mut scratch = Memory::new(&reference, reference.plan_scratch(ids.len()));
+    reference.plan(ids, case.rows, plan.reborrow(), scratch.lend()).expect("a plan");
+    let gradient = RowGradient { bag: case.bag, dim: case.dim, weights: &case.weights[..], sources: &case.sources[..] };
+    let state_len = rule.state_len(case.dim);
+    let rows = memlayer_core::TrainRows::new(&mut table, case.dim, &mut state, state_len).expect("rows");
+    let mut scratch = Memory::new(&reference, memlayer_core::ScratchReq::new(2 * case.dim, 0));
+    reference.reduce_and_update(rows, rule, step, plan.plan(), gradient, scratch.lend()).expect("an update");
+    table
+}
+
+#[test]
+fn more_rows_of_middle_length_than_the_list_holds() {
+    let Some(cuda) = cuda() else { return skipped("cuda") };
+    let (rows, dim, each) = (70_000, 4, 34);
+    let mut random = Random::new(17);
+    let case = Case::new(&mut random, rows, dim, 2, rows * each);
+    let ids: Vec<u32> = (0..rows * each).map(|e| u32::try_from(e % rows).expect("a row")).collect();
+    let table = vec![Bf16::from_f32(0.5); rows * dim];
+    let found = step(&cuda, &Sgd, &Step::new(0.1, 1), &case, &table, &ids);
+    cuda.synchronize().expect("an update");
+    assert!(on_reference(&Sgd, &Step::new(0.1, 1), &case, &table, &ids) == found);
+}
+
+#[test]
+fn a_plan_of_a_bad_id_changes_no_row() {
+    let Some(cuda) = cuda() else { return skipped("cuda") };
+    let mut random = Random::new(11);
+    let case = Case::new(&mut random, 8, 12, 1, 2000);
+    let table = random.reals::<f32>(8 * 12);
+    let mut ids = random.ids(2000, 8);
+    ids[1234] = 8;
+    let found = step(&cuda, &Sgd, &Step::new(0.1, 1), &case, &table, &ids);
+    assert_same_bits(&table, &found, "a table");
+    let error = CudaError::Arg(ArgError::RowOutOfRange { op: "plan", row: 8, rows: 8 });
+    assert_eq!(cuda.synchronize(), Err(error));
+}
+
+#[test]
+fn hot_rows_are_the_same_from_run_to_run() {
+    let Some(cuda) = cuda() else { return skipped("cuda") };
+    let mut random = Random::new(12);
+    let (rows, dim, entries) = (1000, 256, 200_000);
+    let case = Case::new(&mut random, rows, dim, 8, entries);
+    // Half of all entries belong to a few rows.
+    let ids: Vec<u32> = random.ids(entries, rows).into_iter().map(|id| if id % 2 == 0 { id % 7 } else { id }).collect();
+    let table = random.reals::<f32>(rows * dim);
+    let run = || step(&cuda, &RowwiseAdagrad { eps: 1e-8 }, &Step::new(0.1, 1), &case, &table, &ids);
+    let first = run();
+    for _ in 0..3 {
+        assert_same_bits(&first, &run(), "rows");
+    }
+    cuda.synchronize().expect("updates");
+}
+
+const DECODE: SelectDims = SelectDims { tokens: 1, heads: 4, parts: 2, sub_keys: 256, half_dim: 64, top_k: 32 };
+
+struct Decode {
+    queries: Buffer<f32>,
+    keys: Buffer<f32>,
+    values: Buffer<Bf16>,
+    ids: Buffer<u32>,
+    scores: Buffer<f32>,
+    weights: Buffer<f32>,
+    out: Buffer<f32>,
+    reals: Buffer<f32>,
+    scratch_ids: Buffer<u32>,
+}
+
+fn decode(cuda: &Cuda, s: &mut Decode) -> Result<(), CudaError> {
+    let scratch = memlayer_core::Scratch { reals: s.reals.view_mut(), ids: s.scratch_ids.view_mut() };
+    let keys = Rows::new(s.keys.view(), DECODE.half_dim);
+    let select = Select {
+        dims: DECODE,
+        queries: s.queries.view(),
+        keys: &keys,
+        ids: s.ids.view_mut(),
+        scores: s.scores.view_mut(),
+        weights: s.weights.view_mut(),
+    };
+    cuda.select(select, scratch)?;
+    let sum = BagSum {
+        bag: DECODE.heads * DECODE.top_k,
+        ids: s.ids.view(),
+        weights: s.weights.view(),
+        out: s.out.view_mut(),
+        accumulate: false,
+    };
+    cuda.bag_sum(&Rows::new(s.values.view(), 64), sum)
+}
+
+#[test]
+fn a_graph_does_what_was_recorded_on_new_inputs() {
+    let Some(cuda) = cuda() else { return skipped("cuda") };
+    let mut random = Random::new(13);
+    let req = SelectRows::<Rows<'_, f32>>::select_scratch(&cuda, DECODE);
+    let values: Vec<Bf16> = random.reals::<f32>(256 * 256 * 64).into_iter().map(Bf16::from_f32).collect();
+    let queries: Vec<f32> = random.reals(DECODE.queries_len());
+    let mut state = Decode {
+        queries: cuda.upload(&queries).expect("queries"),
+        keys: cuda.upload(&random.reals::<f32>(DECODE.key_rows() * 64)).expect("keys"),
+        values: cuda.upload(&values).expect("values"),
+        ids: cuda.zeros(DECODE.bags_len()).expect("ids"),
+        scores: cuda.zeros(DECODE.bags_len()).expect("scores"),
+        weights: cuda.zeros(DECODE.bags_len()).expect("weights"),
+        out: cuda.zeros(64).expect("sums"),
+        reals: cuda.zeros(req.reals).expect("scratch"),
+        scratch_ids: cuda.zeros(req.ids).expect("scratch"),
+    };
+    decode(&cuda, &mut state).expect("a step");
+    let first: Vec<f32> = TestDevice::download(&cuda, &state.out);
+    let mut graph = cuda.graph(state, decode).expect("a graph");
+    let other: Vec<f32> = random.reals(DECODE.queries_len());
+    graph.write(&cuda, |s| &s.queries, &other).expect("queries");
+    graph.launch().expect("a launch");
+    let second: Vec<f32> = TestDevice::download(&cuda, &graph.state().out);
+    assert_ne!(first, second, "other queries read other rows");
+    graph.write(&cuda, |s| &s.queries, &queries).expect("queries");
+    graph.launch().expect("a launch");
+    assert_same_bits(&first, &TestDevice::download(&cuda, &graph.state().out), "sums");
+    cuda.synchronize().expect("all of it");
+}
+
+#[test]
+fn scores_on_tensor_cores_find_nearly_the_same_slots() {
+    let (Some(exact), Some(_)) = (cuda(), cuda()) else { return skipped("cuda") };
+    let rough = Cuda::builder(0).scores(Scores::Bf16).build().expect("a device");
+    let dims = SelectDims { tokens: 300, heads: 2, parts: 2, sub_keys: 512, half_dim: 128, top_k: 32 };
+    let mut random = Random::new(14);
+    let queries = random.reals::<f32>(dims.queries_len());
+    let keys = random.reals::<f32>(dims.key_rows() * dims.half_dim);
+    let select = |cuda: &Cuda| {
+        let table = cuda.upload(&keys).expect("keys");
+        let rows = Rows::new(table.view(), dims.half_dim);
+        memlayer_tests::conformance::select::select_over(cuda, dims, &queries, &rows).ids
+    };
+    let (expected, found) = (select(&exact), select(&rough));
+    let shared: usize =
+        expected.chunks(32).zip(found.chunks(32)).map(|(e, f)| f.iter().filter(|id| e.contains(id)).count()).sum();
+    assert!(shared * 100 >= expected.len() * 90, "{shared} of {} slots", expected.len());
+}
+
+#[test]
+fn selection_of_many_tokens_is_exact() {
+    let Some(cuda) = cuda() else { return skipped("cuda") };
+    for (seed, (tokens, heads, sub_keys, half_dim, top_k)) in
+        (20..).zip([(140, 2, 200, 24, 32), (130, 1, 257, 8, 100), (9, 3, 1100, 16, 20), (70, 1, 160, 40, 128)])
+    {
+        let dims = SelectDims { tokens, heads, parts: 2, sub_keys, half_dim, top_k };
+        let mut random = Random::new(seed);
+        // Small integers: scores are exact, and many are equal.
+        let queries = random.integers::<f32>(dims.queries_len(), 3);
+        let keys = random.integers::<f32>(dims.key_rows() * half_dim, 3);
+        let table = cuda.upload(&keys).expect("keys");
+        let rows = Rows::new(table.view(), half_dim);
+        let found = memlayer_tests::conformance::select::select_over(&cuda, dims, &queries, &rows).ids;
+        assert_eq!(found, memlayer_tests::conformance::select::brute_force(dims, &queries, &keys), "{dims:?}");
+    }
+}
