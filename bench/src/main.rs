@@ -47,6 +47,9 @@ struct Options {
     /// The largest table to build, in GiB; a peer has its own beside it.
     #[arg(long, value_name = "GIB", default_value_t = 4.0)]
     memory: f64,
+    /// Seconds for a case, and again for each way to measure its limit.
+    #[arg(long, value_name = "S", default_value_t = 1.0)]
+    seconds: f64,
     /// Fewer sizes: the corners of the grid.
     #[arg(long)]
     quick: bool,

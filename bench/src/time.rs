@@ -6,12 +6,10 @@ use crate::error::BenchError;
 
 /// How long one measurement should take, so that the clock and a wake-up do not show.
 const TARGET_US: f64 = 3000.0;
-/// Pairs of a case, if they fit [`BUDGET_S`].
+/// Pairs, if the time allows.
 const PAIRS: usize = 15;
-/// Pairs of a case even if they do not.
+/// Pairs even if it does not.
 const FEWEST: usize = 3;
-/// Seconds for a case.
-const BUDGET_S: f64 = 1.5;
 
 /// One side of a pair: makes so many calls and gives microseconds a call.
 pub(crate) type Side<'a> = dyn FnMut(usize) -> Result<f64, BenchError> + 'a;
@@ -38,12 +36,12 @@ pub(crate) fn clock(calls: usize, mut f: impl FnMut() -> Result<(), BenchError>)
     Ok(start.elapsed().as_secs_f64() * 1e6 / calls as f64)
 }
 
-/// Measures both sides in turn.
-pub(crate) fn pair(ours: &mut Side<'_>, other: &mut Side<'_>) -> Result<Pair, BenchError> {
+/// Measures both sides in turn, for about so many seconds.
+pub(crate) fn pair(seconds: f64, ours: &mut Side<'_>, other: &mut Side<'_>) -> Result<Pair, BenchError> {
     let calls = [calls(ours)?, calls(other)?];
     let start = Instant::now();
     let (mut a, mut b, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
-    while ratios.len() < FEWEST || (ratios.len() < PAIRS && start.elapsed().as_secs_f64() < BUDGET_S) {
+    while ratios.len() < FEWEST || (ratios.len() < PAIRS && start.elapsed().as_secs_f64() < seconds) {
         // A library's workers may still spin for work that no longer comes.
         std::thread::sleep(core::time::Duration::from_millis(20));
         let first = ours(calls[0])?;

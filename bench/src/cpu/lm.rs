@@ -13,7 +13,7 @@ use crate::error::BenchError;
 use crate::time::{Pair, Side, clock, pair};
 
 /// Training steps of the tour's two models: with a memory, and dense of equal FLOPs a token.
-pub(super) fn steps(cpu: &Arc<Cpu>) -> Result<Pair, BenchError> {
+pub(super) fn steps(seconds: f64, cpu: &Arc<Cpu>) -> Result<Pair, BenchError> {
     let data = Dataset::world(Path::new("data"), 10_000, 1)?;
     let tokenizer = Tokenizer::train(&data.train, 1000)?;
     let memory = MemoryConfig { layers: vec![1], heads: 4, sub_keys: 128, half_dim: 4, top_k: 8 };
@@ -24,5 +24,5 @@ pub(super) fn steps(cpu: &Arc<Cpu>) -> Result<Pair, BenchError> {
         let mut trainer = Trainer::new(config, &TrainConfig::default(), &data, tokenizer.clone(), cpu)?;
         Ok(Box::new(move |calls| clock(calls, || Ok(trainer.step().map(|_| ())?))))
     };
-    pair(&mut *side(&memory)?, &mut *side(&dense)?)
+    pair(seconds, &mut *side(&memory)?, &mut *side(&dense)?)
 }

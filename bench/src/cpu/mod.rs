@@ -135,8 +135,10 @@ fn cases(options: &Options) -> Vec<Case> {
         }
     }
     for format in ["adam", "adagrad"] {
-        for (v, t, slots) in [(256, 256, 1 << 16), (256, 256, 1 << 20), (256, 4096, 1 << 20), (64, 256, 1 << 22)] {
-            for &n in threads.iter().filter(|_| !options.quick || (t, slots) == (256, 1 << 20)) {
+        let sizes =
+            [(256, 256, 1 << 16), (256, 256, 1 << 20), (256, 4096, 1 << 20), (64, 256, 1 << 16), (64, 256, 1 << 22)];
+        for (v, t, slots) in sizes {
+            for &n in threads.iter().filter(|_| !options.quick || t == 256 && (v == 64 || slots == 1 << 20)) {
                 let case = Case::new("step", format, (v, t, slots), n);
                 if format == "adam" {
                     add(Case { peer: "AdamW", ..case.clone() });
@@ -168,7 +170,7 @@ pub(crate) fn run(options: &Options) -> Result<(), BenchError> {
     let mut tables = Tables::default();
     let mut rows = Vec::new();
     for case in cases(options) {
-        let row = measure(&case, &cpu(case.threads)?, peer.as_mut(), &mut tables)?;
+        let row = measure(&case, options.seconds, &cpu(case.threads)?, peer.as_mut(), &mut tables)?;
         println!("{}", line(&row));
         rows.push(row);
     }
@@ -182,7 +184,13 @@ pub(crate) fn run(options: &Options) -> Result<(), BenchError> {
     Ok(())
 }
 
-fn measure(case: &Case, cpu: &Arc<Cpu>, peer: Option<&mut Peer>, tables: &mut Tables) -> Result<Row, BenchError> {
+fn measure(
+    case: &Case,
+    seconds: f64,
+    cpu: &Arc<Cpu>,
+    peer: Option<&mut Peer>,
+    tables: &mut Tables,
+) -> Result<Row, BenchError> {
     let mut row = Row {
         case: case.clone(),
         ours_us: 0.0,
@@ -199,7 +207,7 @@ fn measure(case: &Case, cpu: &Arc<Cpu>, peer: Option<&mut Peer>, tables: &mut Ta
     };
     #[cfg(feature = "lm")]
     if case.op == "lm step" {
-        keep(&mut row, lm::steps(cpu)?);
+        keep(&mut row, lm::steps(4.0 * seconds, cpu)?);
         return Ok(row);
     }
     let mut call = match case.op {
@@ -213,7 +221,7 @@ fn measure(case: &Case, cpu: &Arc<Cpu>, peer: Option<&mut Peer>, tables: &mut Ta
         let mut fraction: f64 = f64::INFINITY;
         for ahead in ops::AHEAD {
             let mut limit = ops::limit(case, cpu, tables, ahead)?;
-            let pair = time::pair(&mut ours, &mut |calls| time::clock(calls, &mut limit))?;
+            let pair = time::pair(seconds, &mut ours, &mut |calls| time::clock(calls, &mut limit))?;
             (row.ours_us, fraction) = (pair.ours, fraction.min(pair.ratio));
         }
         row.limit_fraction = Some(fraction);
@@ -224,12 +232,12 @@ fn measure(case: &Case, cpu: &Arc<Cpu>, peer: Option<&mut Peer>, tables: &mut Ta
             let json = serde_json::to_value(case).map_err(|e| BenchError::Plot(e.to_string()))?;
             row.missing = peer.prepare(&json)?;
             if row.missing.is_none() {
-                keep(&mut row, time::pair(&mut ours, &mut |calls| peer.run(calls))?);
+                keep(&mut row, time::pair(seconds, &mut ours, &mut |calls| peer.run(calls))?);
             }
         }
     }
     if row.ours_us == 0.0 {
-        row.ours_us = time::pair(&mut ours, &mut |_| Ok(1.0))?.ours;
+        row.ours_us = time::pair(seconds, &mut ours, &mut |_| Ok(1.0))?.ours;
     }
     Ok(row)
 }
