@@ -51,7 +51,7 @@ impl<'a> Questions<'a> {
     #[must_use]
     pub fn thinned(mut self, step: usize) -> Self {
         let step = step.max(1) as u64;
-        self.order.retain(|&i| ((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) % step == 0);
+        self.order.retain(|&i| ((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32).is_multiple_of(step));
         self
     }
 
