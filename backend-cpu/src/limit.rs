@@ -21,7 +21,7 @@ const ROW_COST: usize = 16;
 impl Cpu {
     /// Reads the rows `ids` of a table of rows of `row_bytes` and does next to nothing with them, asking for each
     /// `ahead` rows before: a limit to measure [`memlayer_core::ops::EmbeddingBag::bag_sum`] against, with the same
-    /// workers on the same memory. Rows longer than [`BLOCK`] are read as bags are: block by block, each of a group of
+    /// workers on the same memory. Rows longer than 512 bytes are read as bags are: block by block, each of a group of
     /// rows after the other, which is faster where the hardware fetches ahead. Gives the sum of the rows' words, so
     /// that no read can be left out; bytes behind the last whole word of a row are not read.
     ///
