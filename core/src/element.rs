@@ -345,12 +345,11 @@ impl<const G: usize> Element for Int4<G> {
 
     #[inline(always)]
     fn value<F: Real>(codes: &[Self], i: usize) -> F {
-        let group = codes.chunks_exact(Self::GROUP).nth(i / G).and_then(|group| group.split_first_chunk::<2>());
+        let start = i / G * Self::GROUP;
+        let Some(group) = codes.get(start..start + Self::GROUP) else { return F::of(f64::NAN) };
         let (i, half) = (i % G, G / 2);
-        let Some((scale, byte)) = group.and_then(|(scale, bytes)| Some((scale, bytes.get(i % half)?.0))) else {
-            return F::of(f64::NAN);
-        };
+        let byte = group[2 + i % half].0;
         let integer = if i < half { byte & 15 } else { byte >> 4 };
-        F::of(f64::from(Self::scale(scale))) * F::of(f64::from(integer) - 8.0)
+        F::of(f64::from(Self::scale(group))) * F::of(f64::from(integer) - 8.0)
     }
 }

@@ -61,8 +61,17 @@ impl<E: Element> Row<'_, E> {
 
 /// Rows readable from the host: implement it to keep rows in flash, a memory map or an arena.
 pub trait RowStore: Table {
-    /// Row `id`. Operations check ids before they read; the tables of this crate have empty rows behind their end.
+    /// Row `id`.
+    ///
+    /// # Panics
+    /// If there is no such row. Operations check ids before they read.
     fn row(&self, id: RowId) -> Row<'_, Self::Elem>;
+
+    /// Row `id`, if there is one: what does not panic reads rows by it.
+    #[inline(always)]
+    fn get(&self, id: RowId) -> Option<Row<'_, Self::Elem>> {
+        ((id as usize) < self.rows()).then(|| self.row(id))
+    }
 
     /// Says that row `id` will be read soon. `id` may be out of range.
     #[inline(always)]
@@ -83,6 +92,10 @@ impl<S: RowStore + ?Sized> RowStore for &S {
     #[inline(always)]
     fn row(&self, id: RowId) -> Row<'_, Self::Elem> {
         (**self).row(id)
+    }
+    #[inline(always)]
+    fn get(&self, id: RowId) -> Option<Row<'_, Self::Elem>> {
+        (**self).get(id)
     }
     #[inline(always)]
     fn prefetch(&self, id: RowId) {
@@ -150,15 +163,19 @@ impl<E: Element> Table for DenseRows<'_, E> {
 impl<E: Element> RowStore for DenseRows<'_, E> {
     #[inline(always)]
     fn row(&self, id: RowId) -> Row<'_, E> {
-        Row { codes: nth(self.codes, id, self.width), scales: &[], group: self.dim }
+        let start = id as usize * self.width;
+        Row { codes: &self.codes[start..start + self.width], scales: &[], group: self.dim }
+    }
+    #[inline(always)]
+    fn get(&self, id: RowId) -> Option<Row<'_, E>> {
+        Some(Row { codes: nth(self.codes, id, self.width)?, scales: &[], group: self.dim })
     }
 }
 
-/// Piece `id` of `items`, cut into pieces of `width`; nothing if there is none.
+/// Piece `id` of `items`, cut into pieces of `width`, if there is one.
 #[inline(always)]
-fn nth<T>(items: &[T], id: RowId, width: usize) -> &[T] {
-    let start = (id as usize).saturating_mul(width);
-    items.get(start..).and_then(|items| items.get(..width)).unwrap_or_default()
+fn nth<T>(items: &[T], id: RowId, width: usize) -> Option<&[T]> {
+    items.get((id as usize).checked_mul(width)?..)?.get(..width)
 }
 
 /// Packed rows: codes in one slice, scales in another.
@@ -202,8 +219,17 @@ impl<E: Element> Table for ScaledRows<'_, E> {
 impl<E: Element> RowStore for ScaledRows<'_, E> {
     #[inline(always)]
     fn row(&self, id: RowId) -> Row<'_, E> {
-        let (codes, scales) = (nth(self.codes, id, self.width), nth(self.scales, id, self.groups));
-        Row { codes, scales, group: self.group }
+        let (start, groups) = (id as usize * self.width, self.groups);
+        Row {
+            codes: &self.codes[start..start + self.width],
+            scales: &self.scales[id as usize * groups..(id as usize + 1) * groups],
+            group: self.group,
+        }
+    }
+    #[inline(always)]
+    fn get(&self, id: RowId) -> Option<Row<'_, E>> {
+        let (codes, scales) = (nth(self.codes, id, self.width)?, nth(self.scales, id, self.groups)?);
+        Some(Row { codes, scales, group: self.group })
     }
 }
 

@@ -15,8 +15,9 @@ impl<F: Real, S: RowStore> EmbeddingBag<S> for Reference<F> {
             for (v, out) in out.iter_mut().enumerate() {
                 let mut sum = F::zero();
                 for (&id, &weight) in ids.iter().zip(weights) {
-                    let row = table.row(id);
-                    sum += weight * row.scale(v) * row.code(v);
+                    if let Some(row) = table.get(id) {
+                        sum += weight * row.scale(v) * row.code(v);
+                    }
                 }
                 *out = if args.accumulate { *out + sum } else { sum };
             }
@@ -30,10 +31,11 @@ impl<F: Real, S: RowStore> EmbeddingBag<S> for Reference<F> {
         let bags = rows(args.ids, args.bag).zip(rows_mut(args.out, args.bag));
         for (vector, (ids, out)) in rows(args.vectors, table.dim()).zip(bags) {
             for (&id, out) in ids.iter().zip(out) {
-                let row = table.row(id);
                 *out = F::zero();
-                for (v, &x) in vector.iter().enumerate() {
-                    *out += x * row.value(v);
+                if let Some(row) = table.get(id) {
+                    for (v, &x) in vector.iter().enumerate() {
+                        *out += x * row.value(v);
+                    }
                 }
             }
         }

@@ -134,10 +134,12 @@ fn row_id(dims: &SelectDims, th: usize, p: usize, id: u32) -> u32 {
 fn score_half<F: Real, K: RowStore>(dims: &SelectDims, keys: &K, h: usize, p: usize, query: &[F], half: &mut [F]) {
     for (n, score) in half.iter_mut().enumerate() {
         #[allow(clippy::cast_possible_truncation, reason = "a row of a table: ids have 32 bits")]
-        let key = keys.row(dims.key_row(h, p, n) as u32);
+        let key = keys.get(dims.key_row(h, p, n) as u32);
         let mut sum = F::zero();
-        for (c, &q) in query.iter().enumerate() {
-            sum += q * key.value(c);
+        if let Some(key) = key {
+            for (c, &q) in query.iter().enumerate() {
+                sum += q * key.value(c);
+            }
         }
         *score = sum;
     }

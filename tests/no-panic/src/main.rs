@@ -16,7 +16,8 @@ use memlayer_core::ops::dense::{Gate, Linear, NormDims, RmsNorm};
 use memlayer_core::ops::select::{Select, SelectDims};
 use memlayer_core::ops::{Dense, EmbeddingBag, SelectRows};
 use memlayer_core::{
-    ArgError, Bf16, Config, DenseRows, E4m3, E5m2, Element, F16, Int4, Reference, RowStore, ScaledRows, Scratch, Table,
+    ArgError, Bf16, Config, DenseRows, E4m3, E5m2, Element, F16, Int4, Reference, Row, RowStore, ScaledRows, Scratch,
+    Table,
 };
 use memlayer_quantize::image::{Entry, Image, ImageError};
 
@@ -64,8 +65,9 @@ fn read(bytes: &[u8]) -> Result<f32, Wrong> {
 
 fn rows<E: Element>(entry: &Entry<'_>) -> f32 {
     let (id, i) = black_box((3, 5));
-    let packed = entry.rows::<E>().map_or(0.0, |rows| rows.row(id).value::<f32>(i) + rows.rows() as f32);
-    packed + entry.dense::<E>().map_or(0.0, |rows| rows.row(id).value::<f32>(i) + rows.dim() as f32)
+    let value = |row: Option<Row<'_, E>>| row.map_or(0.0, |row| row.value::<f32>(i));
+    let packed = entry.rows::<E>().map_or(0.0, |rows| value(rows.get(id)) + rows.rows() as f32);
+    packed + entry.dense::<E>().map_or(0.0, |rows| value(rows.get(id)) + rows.dim() as f32)
 }
 
 /// The operations of inference, over a table of any sizes.
