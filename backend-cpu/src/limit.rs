@@ -63,12 +63,16 @@ impl Cpu {
     }
 }
 
+/// Adds whole lines to eight sums that stay in a register, and the words behind them to one.
 #[inline(always)]
 fn add_words(sums: &mut [u64; 8], bytes: &[u8]) {
     let (lines, rest) = bytes.as_chunks::<64>();
-    for words in lines.iter().map(|line| line.as_chunks::<8>().0).chain([rest.as_chunks::<8>().0]) {
-        for (sum, word) in sums.iter_mut().zip(words) {
-            *sum = sum.wrapping_add(u64::from_le_bytes(*word));
+    for line in lines {
+        let (words, _) = line.as_chunks::<8>();
+        for i in 0..8 {
+            sums[i] = sums[i].wrapping_add(u64::from_le_bytes(words[i]));
         }
     }
+    let rest = rest.as_chunks::<8>().0.iter().fold(0u64, |sum, word| sum.wrapping_add(u64::from_le_bytes(*word)));
+    sums[0] = sums[0].wrapping_add(rest);
 }
