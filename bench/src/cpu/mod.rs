@@ -46,10 +46,11 @@ impl Case {
         let peer = match (op, format) {
             ("bag_sum", "int8" | "int4" | "e4m3") => "FBGEMM",
             ("step", _) => "SparseAdam",
+            ("rows step", _) => "as many rows of 2^16",
             ("lm step", _) => "dense, equal FLOPs",
             _ => "PyTorch",
         };
-        let rows = if matches!(op, "step" | "select") { "f32" } else { format };
+        let rows = if matches!(op, "step" | "rows step" | "select") { "f32" } else { format };
         Self {
             op,
             format,
@@ -92,6 +93,8 @@ impl Case {
             ("step", "adam", _) => Some(5.0),
             ("step", "adagrad", _) => Some(8.0),
             ("lm step", ..) => Some(0.9),
+            // At most 1.5 times the time of the small table.
+            ("rows step", ..) => Some(0.67),
             _ => None,
         }
     }
@@ -147,6 +150,7 @@ fn cases(options: &Options) -> Vec<Case> {
             }
         }
     }
+    threads.iter().for_each(|&n| add(Case::new("rows step", "adam", (64, 1024, 1 << 22), n)));
     #[cfg(feature = "lm")]
     threads.iter().for_each(|&n| add(Case::new("lm step", "f32", (32, 256, 1 << 14), n)));
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a size somebody typed")]
@@ -208,6 +212,13 @@ fn measure(
     #[cfg(feature = "lm")]
     if case.op == "lm step" {
         keep(&mut row, lm::steps(4.0 * seconds, cpu)?);
+        return Ok(row);
+    }
+    if case.op == "rows step" {
+        tables.clear();
+        let (mut large, mut small) = (ops::rows_step(case, cpu, case.slots)?, ops::rows_step(case, cpu, 1 << 16)?);
+        let small = &mut |calls| time::clock(calls, &mut small);
+        keep(&mut row, time::pair(4.0 * seconds, &mut |calls| time::clock(calls, &mut large), small)?);
         return Ok(row);
     }
     let mut call = match case.op {

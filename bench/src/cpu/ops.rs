@@ -2,14 +2,16 @@
 
 use std::sync::Arc;
 
-use memlayer_core::ops::bag::BagSum;
+use memlayer_core::ops::bag::{BagDot, BagSum};
+use memlayer_core::ops::optim::{Adam, RowUpdate, Step};
+use memlayer_core::ops::plan::{PlanBuffers, RowGradient};
 use memlayer_core::ops::select::{Select, SelectDims};
-use memlayer_core::ops::{EmbeddingBag, SelectRows};
-use memlayer_core::{Bf16, DenseRows, E4m3, E5m2, Element, F16, Int4, ScaledRows, Scratch};
+use memlayer_core::ops::{EmbeddingBag, RowReduce, SelectRows};
+use memlayer_core::{Bf16, DenseRows, E4m3, E5m2, Element, F16, Int4, Random, ScaledRows, Scratch, TrainRows};
 use memlayer_cpu::Cpu;
 
 use super::Case;
-use super::inputs::{INT4_GROUP, Rows, Tables, Turns, reals};
+use super::inputs::{INT4_GROUP, Rows, Tables, Turns, memory, reals};
 use crate::error::BenchError;
 
 /// A call with the next inputs.
@@ -82,6 +84,44 @@ fn bag_of<E: Element>(case: &Case, cpu: &Arc<Cpu>, rows: Rows) -> Call {
             None => Ok(cpu.bag_sum(&DenseRows::new(codes, v), args)?),
         }
     })
+}
+
+/// Distinct rows that [`rows_step`] touches, in a table of any size.
+const TOUCHED: usize = 1 << 15;
+
+/// Sums, gradients of weights, plan and update by lazy Adam: what a step does with the rows, over [`TOUCHED`] rows of a
+/// table of `slots`, a power of two.
+pub(super) fn rows_step(case: &Case, cpu: &Arc<Cpu>, slots: usize) -> Result<Call, BenchError> {
+    type Train<'a> = TrainRows<'a, f32, f32>;
+    let rule = Adam { betas: (0.9, 0.999), eps: 1e-8 };
+    let (v, bag, cpu, entries) = (case.v, case.bag(), cpu.clone(), case.t * case.bag());
+    let mut random = Random::new(1);
+    // An odd factor permutes the slots: as many distinct rows of every table, scattered without a stride that would make
+    // them share sets of the caches.
+    #[allow(clippy::cast_possible_truncation, reason = "ids have 32 bits")]
+    let id = |chosen: usize| (chosen as u32).wrapping_mul(0x9e37_79b1) & (slots as u32 - 1);
+    let ids: Vec<u32> = (0..entries).map(|_| id(random.below(TOUCHED))).collect();
+    let (mut values, mut state) = (memory::<f32>(slots * v)?, memory::<f32>(slots * v * 2)?);
+    values.fill(0.1);
+    state.fill(0.1);
+    let (weights, mut out, mut dots) = (reals(entries, 3), vec![0.0; case.t * v], vec![0.0; entries]);
+    let req = cpu.plan_scratch(entries).or(RowUpdate::<Train<'_>, Adam>::reduce_and_update_scratch(&*cpu, v));
+    let (mut places, mut scratch_reals) = (vec![0; req.ids], vec![0.0; req.reals]);
+    let mut plan = vec![0; PlanBuffers::<Cpu>::ids_len(entries)];
+    let mut count = 0;
+    Ok(Box::new(move || {
+        count += 1;
+        let table = DenseRows::new(&values[..], v);
+        let args = BagSum { bag, ids: &ids[..], weights: &weights[..], out: &mut out[..], accumulate: false };
+        cpu.bag_sum(&table, args)?;
+        cpu.bag_dot(&table, BagDot { bag, ids: &ids[..], vectors: &out[..], out: &mut dots[..] })?;
+        let (mut plan, _) = PlanBuffers::<Cpu>::carve(&mut plan[..], entries)?;
+        let mut scratch = Scratch { reals: &mut scratch_reals[..], ids: &mut places[..] };
+        cpu.plan(&ids[..], slots, plan.reborrow(), scratch.reborrow())?;
+        let gradient = RowGradient::<Cpu> { bag, dim: v, weights: &weights[..], sources: &out[..] };
+        let Some(table) = TrainRows::new(&mut values[..], v, &mut state[..], 2 * v) else { return Ok(()) };
+        Ok(cpu.reduce_and_update(table, &rule, &Step::new(1e-3, count), plan.plan(), gradient, scratch)?)
+    }))
 }
 
 /// Plain reads of the same rows.
