@@ -463,7 +463,7 @@ pub(crate) fn compile(file: &'static str, source: &str, options: &[String]) -> R
         Err(error) => {
             // SAFETY: as above.
             let log = unsafe { nvrtc::get_program_log(program) }.unwrap_or_default();
-            let log: Vec<u8> = log.iter().map(|c| c.cast_unsigned()).take_while(|&c| c != 0).collect();
+            let log: Vec<u8> = log.iter().map(|c| c.to_ne_bytes()[0]).take_while(|&c| c != 0).collect();
             Err(fail(format!("{error}: {}", String::from_utf8_lossy(&log))))
         }
     };
