@@ -30,7 +30,7 @@ pub(crate) struct Report<'a> {
     pub(crate) rows: &'a [Row],
 }
 
-/// The heading of [`line`].
+/// The heading of [`line()`].
 pub(crate) const HEADING: &str =
     "op        format    V      T    slots thr ids      ours us    peer us  ratio (quartiles)   target  of limit  peer";
 
