@@ -33,6 +33,7 @@ use memlayer_core::Host;
 pub use memory::TableMemory;
 
 use crate::isa::Token;
+use crate::isa::int8::Int8;
 use crate::pool::Pool;
 
 /// The environment variable that forces an instruction set: `scalar`, `avx2`, `avx512` or `neon`.
@@ -41,6 +42,7 @@ pub const ISA_VARIABLE: &str = "MEMLAYER_ISA";
 /// The CPU as a backend.
 pub struct Cpu {
     token: Token,
+    int8: Option<Int8>,
     pool: Pool,
     name: String,
     isa: Isa,
@@ -113,7 +115,7 @@ impl CpuBuilder {
             None => std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
         };
         let pool = Pool::new(threads).map_err(CpuError::Spawn)?;
-        Ok(Cpu { token, pool, name: format!("cpu {isa} x{threads}"), isa })
+        Ok(Cpu { token, int8: Int8::new(token), pool, name: format!("cpu {isa} x{threads}"), isa })
     }
 }
 

@@ -73,6 +73,12 @@ pub trait RowStore: Table {
         ((id as usize) < self.rows()).then(|| self.row(id))
     }
 
+    /// `count` rows from `first` on as one, if they lie one after the other: all their codes, and all their scales.
+    #[inline(always)]
+    fn run(&self, _first: RowId, _count: usize) -> Option<Row<'_, Self::Elem>> {
+        None
+    }
+
     /// Says that row `id` will be read soon. `id` may be out of range.
     #[inline(always)]
     fn prefetch(&self, _id: RowId) {}
@@ -96,6 +102,10 @@ impl<S: RowStore + ?Sized> RowStore for &S {
     #[inline(always)]
     fn get(&self, id: RowId) -> Option<Row<'_, Self::Elem>> {
         (**self).get(id)
+    }
+    #[inline(always)]
+    fn run(&self, first: RowId, count: usize) -> Option<Row<'_, Self::Elem>> {
+        (**self).run(first, count)
     }
     #[inline(always)]
     fn prefetch(&self, id: RowId) {
@@ -170,12 +180,22 @@ impl<E: Element> RowStore for DenseRows<'_, E> {
     fn get(&self, id: RowId) -> Option<Row<'_, E>> {
         Some(Row { codes: nth(self.codes, id, self.width)?, scales: &[], group: self.dim })
     }
+    #[inline(always)]
+    fn run(&self, first: RowId, count: usize) -> Option<Row<'_, E>> {
+        Some(Row { codes: several(self.codes, first, count, self.width)?, scales: &[], group: self.dim })
+    }
 }
 
 /// Piece `id` of `items`, cut into pieces of `width`, if there is one.
 #[inline(always)]
 fn nth<T>(items: &[T], id: RowId, width: usize) -> Option<&[T]> {
     items.get((id as usize).checked_mul(width)?..)?.get(..width)
+}
+
+/// `count` pieces of `width` items from piece `first` on, if they are there.
+#[inline(always)]
+fn several<T>(items: &[T], first: RowId, count: usize, width: usize) -> Option<&[T]> {
+    items.get((first as usize).checked_mul(width)?..)?.get(..count.checked_mul(width)?)
 }
 
 /// Packed rows: codes in one slice, scales in another.
@@ -230,6 +250,11 @@ impl<E: Element> RowStore for ScaledRows<'_, E> {
     fn get(&self, id: RowId) -> Option<Row<'_, E>> {
         let (codes, scales) = (nth(self.codes, id, self.width)?, nth(self.scales, id, self.groups)?);
         Some(Row { codes, scales, group: self.group })
+    }
+    #[inline(always)]
+    fn run(&self, first: RowId, count: usize) -> Option<Row<'_, E>> {
+        let codes = several(self.codes, first, count, self.width)?;
+        Some(Row { codes, scales: several(self.scales, first, count, self.groups)?, group: self.group })
     }
 }
 

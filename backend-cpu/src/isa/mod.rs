@@ -8,6 +8,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub(crate) mod int8;
 mod lanes;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -171,6 +172,12 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The sum of all lanes.
     fn sum(self, v: Self::V) -> f32;
+    /// The sums of all lanes of each, with the bits of [`Simd::sum`].
+    #[inline(always)]
+    fn sum4(self, v: [Self::V; 4]) -> [f32; 4] {
+        let [a, b, c, d] = v;
+        [self.sum(a), self.sum(b), self.sum(c), self.sum(d)]
+    }
     /// One bit a lane: `a >= b`.
     fn ge_bits(self, a: Self::V, b: Self::V) -> u32;
     /// One bit a lane: not `a < b`, so true where one is NaN.
@@ -195,6 +202,20 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
             let lane = left.trailing_zeros();
             scores[n] = lanes[lane as usize];
             ids[n] = base + lane;
+            n += 1;
+            left &= left - 1;
+        }
+        n
+    }
+    /// Writes `base` plus the position of each bit that is set, one after the other; returns how many. What comes
+    /// behind them in the first `LANES` places means nothing.
+    ///
+    /// # Panics
+    /// If there are fewer places.
+    fn compress_ids(self, bits: u32, base: u32, ids: &mut [u32]) -> usize {
+        let (mut left, mut n) = (bits, 0);
+        while left != 0 {
+            ids[n] = base + left.trailing_zeros();
             n += 1;
             left &= left - 1;
         }

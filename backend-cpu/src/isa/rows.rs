@@ -168,9 +168,14 @@ fn add_groups<S: Simd, E: Element, const NV: usize>(
     );
 }
 
-/// The dot of a block of a row with the vector `x`.
+/// The dot of a block of a row with the vector `x`, before its lanes are summed and [`scaled`].
 #[inline(always)]
-pub(crate) fn dot_row<S: Simd, E: Element, const NV: usize>(s: S, x: &[S::V; NV], row: &Row<'_, E>, col: usize) -> f32 {
+pub(crate) fn dot_lanes<S: Simd, E: Element, const NV: usize>(
+    s: S,
+    x: &[S::V; NV],
+    row: &Row<'_, E>,
+    col: usize,
+) -> S::V {
     let mut sums = [s.splat(0.0); 2];
     if row.scales.len() > 1 {
         for (i, &x) in x.iter().enumerate() {
@@ -188,7 +193,12 @@ pub(crate) fn dot_row<S: Simd, E: Element, const NV: usize>(s: S, x: &[S::V; NV]
             sums[i % 2] = s.mul_add(x, s.widen(codes, col + i * S::LANES), sums[i % 2]);
         }
     }
-    let sum = if NV == 1 { s.sum(sums[0]) } else { s.sum(s.add(sums[0], sums[1])) };
+    if NV == 1 { sums[0] } else { s.add(sums[0], sums[1]) }
+}
+
+/// The sum of [`dot_lanes`], times the scale of the row if it has one for all values.
+#[inline(always)]
+pub(crate) fn scaled<E>(sum: f32, row: &Row<'_, E>) -> f32 {
     match row.scales {
         [scale] => scale * sum,
         _ => sum,

@@ -6,7 +6,7 @@ use memlayer_core::ops::bag::{BagDot, BagSum, EmbeddingBag};
 use memlayer_core::{ArgError, Element, RowStore};
 
 use crate::Cpu;
-use crate::isa::rows::{Columns, add_row, columns, dot_row};
+use crate::isa::rows::{Columns, add_row, columns, dot_lanes, scaled};
 use crate::isa::{Simd, dispatch};
 use crate::ops::piece;
 
@@ -58,7 +58,7 @@ impl<T: RowStore + Sync> EmbeddingBag<T> for Cpu {
             dispatch!(self.token, s => {
                 for (t, out) in out.chunks_exact_mut(bag).enumerate() {
                     let (ids, vector) = (&ids[t * bag..], &vectors[t * dim..(t + 1) * dim]);
-                    columns(s, dim, &mut Dot { table, row: |l: usize| ids.get(l).copied(), vector, out });
+                    columns(s, dim, &mut Dot { table, row: |l: usize| ids.get(l).copied(), vector, out, far: true });
                 }
             });
         });
@@ -146,6 +146,8 @@ pub(super) struct Dot<'a, T, R> {
     pub(super) row: R,
     pub(super) vector: &'a [f32],
     pub(super) out: &'a mut [f32],
+    /// Whether rows are asked for ahead of time: they may be far.
+    pub(super) far: bool,
 }
 
 impl<T: RowStore, R: Fn(usize) -> Option<u32>> Columns for Dot<'_, T, R> {
@@ -157,11 +159,25 @@ impl<T: RowStore, R: Fn(usize) -> Option<u32>> Columns for Dot<'_, T, R> {
         for (i, x) in x.iter_mut().enumerate() {
             *x = s.load(&vector[i * S::LANES..]);
         }
-        for (l, out) in self.out.iter_mut().enumerate() {
-            ask(s, self.table, &self.row, (l, bag), (col, width));
-            let Some(id) = (self.row)(l) else { return };
-            let dot = dot_row(s, &x, &self.table.row(id), col);
-            *out = if col == 0 { dot } else { *out + dot };
+        // Four rows at a time, for their lanes are summed together. The last rows are taken more than once.
+        let last = bag.saturating_sub(1);
+        for (i, out) in self.out.chunks_mut(4).enumerate() {
+            let mut rows = [None; 4];
+            let mut lanes = [s.splat(0.0); 4];
+            for (j, (row, lanes)) in rows.iter_mut().zip(&mut lanes).enumerate() {
+                let l = (4 * i + j).min(last);
+                if self.far {
+                    ask(s, self.table, &self.row, (l, bag), (col, width));
+                }
+                let Some(id) = (self.row)(l) else { return };
+                let found = self.table.row(id);
+                *lanes = dot_lanes(s, &x, &found, col);
+                *row = Some(found);
+            }
+            for ((out, sum), row) in out.iter_mut().zip(s.sum4(lanes)).zip(rows.iter().flatten()) {
+                let dot = scaled(sum, row);
+                *out = if col == 0 { dot } else { *out + dot };
+            }
         }
     }
 }

@@ -1,6 +1,8 @@
 //! The operations, each in the file that has its name in `core`.
 
 mod bag;
+mod choose;
+mod coarse;
 mod dense;
 mod optim;
 mod plan;

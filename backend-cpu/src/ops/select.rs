@@ -1,15 +1,17 @@
 //! Selection: scores of a tile of tokens as a product into scratch that stays in the cache, then the best of them.
 
-use memlayer_core::ops::select::{Best, Select, SelectBackward, SelectDims, SelectRows, best_pairs, half_candidates};
+use memlayer_core::ops::select::{Select, SelectBackward, SelectDims, SelectRows};
 use memlayer_core::{ArgError, RowStore, Scratch, ScratchReq};
 
 use crate::Cpu;
+use crate::isa::int8::{self, Int8, MAX_DIM, ROWS};
 use crate::isa::product::{self, DEPTH, Left, MAX_WIDTH, Panel};
 use crate::isa::rows::{BLOCK, as_f32, columns, widen};
 use crate::isa::{Simd, dispatch};
-use crate::math;
 use crate::ops::bag::{Dot, row_cost};
-use crate::ops::{piece, select_backward, topk};
+use crate::ops::choose::{Bag, Choice, Chooser, Half};
+use crate::ops::coarse::{self, Bounds, Buffer};
+use crate::ops::{piece, select_backward};
 
 /// With fewer tokens the keys are read where they are; with more they are first laid out for the product.
 const FEW: usize = 16;
@@ -17,64 +19,110 @@ const FEW: usize = 16;
 /// Sub-keys that one piece of work scores for few tokens.
 const KEYS: usize = 128;
 
+/// How the sub-keys are scored.
+#[derive(Clone, Copy)]
+enum Way {
+    /// Where they lie, for few tokens: in `f32`, or coarsely where they are int8.
+    Few,
+    /// As a product of matrices in `f32`.
+    Product,
+    /// As a product of matrices of integers, coarsely.
+    Coarse(Int8),
+}
+
 /// How a call is laid out in scratch.
 #[derive(Clone, Copy)]
 struct Layout {
     dims: SelectDims,
+    choice: Choice,
+    way: Way,
     /// N, up to whole panels of any instruction set.
     padded: usize,
     /// Tokens of a tile.
     tile: usize,
-    /// Pairs that can win.
-    pairs: usize,
-    /// Scalars that all workers share: the keys laid out, or with few tokens all scores.
-    shared: usize,
+    /// What all workers share: with few tokens all scores and the bounds of their pieces, else the keys laid out, and
+    /// if they are coarse their scales and bounds.
+    shared: ScratchReq,
     /// What each worker needs.
     worker: ScratchReq,
 }
 
 impl Layout {
-    fn new(dims: SelectDims, threads: usize) -> Self {
-        let padded = dims.sub_keys.next_multiple_of(MAX_WIDTH);
-        // The scores of a half stay in the second cache. No result depends on the tile.
-        let share = dims.tokens.div_ceil(2 * threads).next_multiple_of(8);
-        let tile = (32 * 1024 / padded.max(1)).clamp(8, 64).min(share) / 8 * 8;
-        let tile = tile.max(1);
-        let k = dims.top_k;
-        let pairs = if dims.parts == 2 { topk::pairs(k).count() } else { 0 };
-        let places = topk::work(k, pairs);
-        // Three lists of the best, two of candidates; the pairs have a list of ids more.
-        let mut worker =
-            ScratchReq::new(3 * topk::list(k) + 4 * k + 2 * places, 3 * topk::list(k) + 4 * k + places + pairs);
-        let halves = dims.heads * dims.parts;
-        let shared = if dims.tokens < FEW {
-            dims.tokens * halves * padded
-        } else {
-            worker.reals += dims.parts * tile * padded;
-            halves * padded * dims.half_dim
+    fn new(dims: SelectDims, cpu: &Cpu) -> Self {
+        let SelectDims { tokens, parts, sub_keys, half_dim, top_k, .. } = dims;
+        let padded = sub_keys.next_multiple_of(MAX_WIDTH);
+        let choice = Choice { parts, sub_keys, top_k };
+        let way = match cpu.int8 {
+            _ if tokens < FEW => Way::Few,
+            Some(int8) if half_dim <= MAX_DIM && choice.has_many() => Way::Coarse(int8),
+            _ => Way::Product,
         };
-        Self { dims, padded, tile, pairs, shared, worker }
+        let (halves, panels) = (dims.heads * parts, padded / int8::WIDTH);
+        let choosing = choice.scratch();
+        // No result depends on the tile.
+        let share = tokens.div_ceil(2 * cpu.threads()).next_multiple_of(8);
+        let (tile, shared, worker) = match way {
+            Way::Few => {
+                let shared = tokens * halves * (padded + Bounds::LEN * sub_keys.div_ceil(KEYS));
+                (1, ScratchReq::new(shared, 0), choosing)
+            }
+            Way::Product => {
+                // The scores of a half stay in the second cache.
+                let tile = ((32 * 1024 / padded.max(1)).clamp(8, 64).min(share) / 8 * 8).max(1);
+                let worker = ScratchReq::new(parts * tile * padded, 0);
+                (tile, ScratchReq::new(halves * padded * half_dim, 0), worker.and(choosing))
+            }
+            Way::Coarse(_) => {
+                let shared =
+                    ScratchReq::new(halves * (padded + panels * Bounds::LEN), halves * padded * half_dim.div_ceil(4));
+                let worker = ScratchReq::new(parts * ROWS * padded, ROWS * int8::left_len(half_dim));
+                (share.min(64), shared, worker.and(choosing))
+            }
+        };
+        Self { dims, choice, way, padded, tile, shared, worker }
+    }
+
+    /// What each worker has: the scores of a tile or the integers of queries, and the rest for choosing.
+    fn workers<'a>(
+        self,
+        scratch: Scratch<'a, Cpu>,
+    ) -> impl Iterator<Item = (&'a mut [f32], &'a mut [u32], Chooser<'a>)> + Send + use<'a> {
+        let choosing = self.choice.scratch();
+        let (reals, ids) = (self.worker.reals - choosing.reals, self.worker.ids - choosing.ids);
+        let all = scratch.reals.chunks_exact_mut(self.worker.reals).zip(scratch.ids.chunks_exact_mut(self.worker.ids));
+        all.map(move |(all_reals, all_ids)| {
+            let ((scores, reals), (codes, ids)) = (all_reals.split_at_mut(reals), all_ids.split_at_mut(ids));
+            (scores, codes, Chooser::new(self.choice, Scratch { reals, ids }))
+        })
     }
 }
 
 impl<K: RowStore + Sync> SelectRows<K> for Cpu {
     fn select_scratch(&self, dims: SelectDims) -> ScratchReq {
-        let layout = Layout::new(dims, self.threads());
-        layout.worker.times(self.threads()).and(ScratchReq::new(layout.shared, 0))
+        let layout = Layout::new(dims, self);
+        layout.worker.times(self.threads()).and(layout.shared)
     }
 
     fn select(&self, args: Select<'_, Self, K>, scratch: Scratch<'_, Self>) -> Result<(), ArgError> {
         args.check()?;
         let dims = args.dims;
         scratch.check("select", SelectRows::<K>::select_scratch(self, dims))?;
-        let layout = Layout::new(dims, self.threads());
-        let (shared, scratch) = scratch.take_reals(layout.shared);
-        if dims.tokens < FEW {
-            self.score_few(&layout, args.queries, args.keys, shared);
-            self.choose_few(&layout, args, shared, scratch);
-        } else {
-            self.lay_out_keys(&layout, args.keys, shared);
-            self.select_tiles(&layout, args, shared, scratch);
+        let layout = Layout::new(dims, self);
+        let (shared, scratch) = scratch.take_reals(layout.shared.reals);
+        let (shared_ids, scratch) = scratch.take_ids(layout.shared.ids);
+        match layout.way {
+            Way::Few => self.select_few(&layout, args, shared, scratch),
+            Way::Product => {
+                self.lay_out_keys(&layout, args.keys, shared);
+                self.select_tiles(&layout, args, shared, scratch);
+            }
+            Way::Coarse(int8) => {
+                let (panels, codes) = (layout.padded / int8::WIDTH, shared_ids);
+                let (scales, bounds) = shared.split_at_mut(dims.heads * dims.parts * layout.padded);
+                self.lay_out_codes(&layout, args.keys, (&mut *codes, &mut *scales, &mut *bounds));
+                let keys = coarse::Keys { int8, dim: dims.half_dim, panels, codes, scales, bounds };
+                self.select_coarse(&layout, args, keys, scratch);
+            }
         }
         Ok(())
     }
@@ -89,6 +137,27 @@ impl<K: RowStore + Sync> SelectRows<K> for Cpu {
 }
 
 impl Cpu {
+    /// Few tokens: all scores first, by every worker.
+    fn select_few<K: RowStore + Sync>(
+        &self,
+        layout: &Layout,
+        args: Select<'_, Self, K>,
+        shared: &mut [f32],
+        scratch: Scratch<'_, Self>,
+    ) {
+        let dims = layout.dims;
+        let (scores, bounds) = shared.split_at_mut(dims.tokens * dims.heads * dims.parts * layout.padded);
+        let many = dims.half_dim <= MAX_DIM && layout.choice.has_many();
+        let packed = many && coarse::lie_as_int8(args.keys, dims.key_rows());
+        if let (Some(int8), true) = (self.int8, packed) {
+            self.score_few_coarsely(layout, int8, args.queries, args.keys, (&mut *scores, &mut *bounds));
+            self.choose_few(layout, args, scores, Some(bounds), scratch);
+        } else {
+            self.score_few(layout, args.queries, args.keys, scores);
+            self.choose_few(layout, args, scores, None, scratch);
+        }
+    }
+
     /// `scores[t, h, p, n] = <query, key>` for few tokens.
     fn score_few<K: RowStore + Sync>(&self, layout: &Layout, queries: &[f32], keys: &K, scores: &mut [f32]) {
         let (dims, c) = (layout.dims, layout.dims.half_dim);
@@ -100,29 +169,63 @@ impl Cpu {
         });
         self.pool.for_each(cost, pieces, |(row, first, out)| {
             let (vector, first) = (&queries[row * c..(row + 1) * c], row % halves * dims.sub_keys + first);
-            #[allow(clippy::cast_possible_truncation, reason = "a row of a table: ids have 32 bits")]
-            let id = |n: usize| (first + n < keys.rows()).then_some((first + n) as u32);
-            dispatch!(self.token, s => columns(s, c, &mut Dot { table: keys, row: id, vector, out }));
+            self.score(keys, first, vector, out);
         });
     }
 
-    /// The best of what [`Cpu::score_few`] left.
-    fn choose_few<K: RowStore>(
+    /// The same with int8 sub-keys, coarsely, and the bounds `[T, H, P, N / KEYS]` of the pieces.
+    fn score_few_coarsely<K: RowStore + Sync>(
+        &self,
+        layout: &Layout,
+        int8: Int8,
+        queries: &[f32],
+        keys: &K,
+        (scores, bounds): (&mut [f32], &mut [f32]),
+    ) {
+        let (dims, c) = (layout.dims, layout.dims.half_dim);
+        let halves = dims.heads * dims.parts;
+        let cost = dims.tokens * dims.key_rows() * row_cost(c) / 4;
+        let pieces_of_row = dims.sub_keys.div_ceil(KEYS);
+        let rows = scores.chunks_mut(layout.padded).zip(bounds.chunks_mut(pieces_of_row * Bounds::LEN)).enumerate();
+        let pieces = rows.flat_map(|(row, (scores, bounds))| {
+            let pieces = scores[..dims.sub_keys].chunks_mut(KEYS).zip(bounds.chunks_mut(Bounds::LEN));
+            pieces.enumerate().map(move |(i, (scores, bounds))| (row, i * KEYS, scores, bounds))
+        });
+        self.pool.for_each(cost, pieces, |(row, first, out, bounds)| {
+            let (vector, first) = (&queries[row * c..(row + 1) * c], row % halves * dims.sub_keys + first);
+            #[allow(clippy::cast_possible_truncation, reason = "a row of a table: ids have 32 bits")]
+            let Some(keys) = keys.run(first as u32, out.len()) else { return };
+            let codes = bytemuck::cast_slice(keys.codes);
+            coarse::score_rows(self.token, int8, (codes, keys.scales), vector, out).store(bounds);
+        });
+    }
+
+    /// The best of what [`Cpu::score_few`] left, or with `bounds` what [`Cpu::score_few_coarsely`] did.
+    fn choose_few<K: RowStore + Sync>(
         &self,
         layout: &Layout,
         args: Select<'_, Self, K>,
         scores: &mut [f32],
+        bounds: Option<&mut [f32]>,
         scratch: Scratch<'_, Self>,
     ) {
-        let (dims, k) = (layout.dims, layout.dims.top_k);
+        let (dims, k, c) = (layout.dims, layout.dims.top_k, layout.dims.half_dim);
         let cost = dims.tokens * dims.heads * (400 + dims.parts * dims.sub_keys / 4);
-        let outputs = args.ids.chunks_mut(k).zip(args.scores.chunks_mut(k)).zip(args.weights.chunks_mut(k));
-        let items = scores.chunks_mut(dims.parts * layout.padded).zip(outputs);
-        self.pool.for_each_with(cost, items, workers(layout, scratch), |worker, (halves, ((ids, scores), weights))| {
-            dispatch!(self.token, s => {
-                let (first, second) = halves.split_at_mut(layout.padded);
-                worker.choose(s, layout, (first, second), (&mut *ids, &mut *scores, &mut *weights));
-            });
+        let bags = bags(k, args.ids, args.scores, args.weights);
+        let items = scores.chunks_mut(dims.parts * layout.padded).zip(bags).enumerate();
+        let bounds = bounds.as_deref();
+        let bounds_of_row = dims.sub_keys.div_ceil(KEYS) * Bounds::LEN;
+        self.pool.for_each_with(cost, items, layout.workers(scratch), |(_, _, chooser), (th, (halves, mut bag))| {
+            let scores = halves.split_at_mut(layout.padded);
+            let Some(bounds) = bounds else { return chooser.choose(self.token, scores, &mut bag) };
+            let half = |p: usize| {
+                let row = th * dims.parts + p;
+                let query = &args.queries[row * c..(row + 1) * c];
+                let keys = Bounds::load(&bounds[row * bounds_of_row..(row + 1) * bounds_of_row]);
+                let margin = Buffer::new().quantize(self.token, query).0.margin(c, keys);
+                Half { query, first: dims.key_row(th % dims.heads, p, 0), margin }
+            };
+            self.choose_or_score(chooser, args.keys, [half(0), half(dims.parts - 1)], scores, &mut bag);
         });
     }
 
@@ -147,30 +250,154 @@ impl Cpu {
         panels: &[f32],
         scratch: Scratch<'_, Self>,
     ) {
-        let (dims, k) = (layout.dims, layout.dims.top_k);
-        let row = dims.heads * k;
-        let tiles = args.ids.chunks_mut(layout.tile * row).zip(args.scores.chunks_mut(layout.tile * row));
-        let tiles = tiles.zip(args.weights.chunks_mut(layout.tile * row)).enumerate();
-        let queries = args.queries;
+        let Select { dims, queries, .. } = args;
+        let row = dims.heads * dims.top_k;
+        let tiles = bags(layout.tile * row, args.ids, args.scores, args.weights).enumerate();
+        self.pool.for_each_with(usize::MAX, tiles, layout.workers(scratch), |(scores, _, chooser), (i, mut tile)| {
+            let tokens = tile.ids.len() / row;
+            for h in 0..dims.heads {
+                self.score_tile(layout, (i * layout.tile, tokens, h), queries, panels, scores);
+                let (first, second) = scores.split_at_mut(layout.tile * layout.padded);
+                for t in 0..tokens {
+                    let at = t * layout.padded..(t + 1) * layout.padded;
+                    let second = if dims.parts == 2 { &mut second[at.clone()] } else { &mut [][..] };
+                    let bag = &mut tile.part(t * dims.heads + h, dims.top_k);
+                    chooser.choose(self.token, (&mut first[at], second), bag);
+                }
+            }
+        });
+    }
+
+    /// The keys as panels of integers `[H, P, N / WIDTH, C / 4, WIDTH]`, with their scales `[H, P, N]` and bounds.
+    fn lay_out_codes<K: RowStore + Sync>(
+        &self,
+        layout: &Layout,
+        keys: &K,
+        (codes, scales, bounds): (&mut [u32], &mut [f32], &mut [f32]),
+    ) {
+        let (n, c) = (layout.dims.sub_keys, layout.dims.half_dim);
+        let per_half = layout.padded / int8::WIDTH;
+        let cost = layout.dims.key_rows() * c / 2;
+        let panels = codes.chunks_mut(c.div_ceil(4) * int8::WIDTH).zip(scales.chunks_mut(int8::WIDTH));
+        let panels = panels.zip(bounds.chunks_mut(Bounds::LEN)).enumerate();
+        self.pool.for_each(cost, panels, |(i, ((codes, scales), bounds))| {
+            let (half, first) = (i / per_half, i % per_half * int8::WIDTH);
+            let count = int8::WIDTH.min(n.saturating_sub(first));
+            let mut panel = coarse::Panel { codes, scales, bounds };
+            panel.lay_out(self.token, keys, half * n + first, count, c);
+        });
+    }
+
+    /// Scores coarsely and chooses, a few tokens at a time, so that their scores stay near; a head at a time, so that
+    /// its sub-keys do.
+    fn select_coarse<K: RowStore + Sync>(
+        &self,
+        layout: &Layout,
+        args: Select<'_, Self, K>,
+        keys: coarse::Keys<'_>,
+        scratch: Scratch<'_, Self>,
+    ) {
+        let Select { dims, queries, keys: table, .. } = args;
+        let (c, row) = (dims.half_dim, dims.heads * dims.top_k);
+        let tiles = bags(layout.tile * row, args.ids, args.scores, args.weights).enumerate();
         self.pool.for_each_with(
             usize::MAX,
             tiles,
-            workers(layout, scratch),
-            |worker, (i, ((ids, scores), weights))| {
-                let tokens = ids.len() / row;
-                for h in 0..dims.heads {
-                    dispatch!(self.token, s => {
-                        worker.score(s, layout, (i * layout.tile, tokens, h), queries, panels);
-                        for t in 0..tokens {
-                            let bag = t * row + h * k..t * row + (h + 1) * k;
-                            let out = (&mut ids[bag.clone()], &mut scores[bag.clone()], &mut weights[bag]);
-                            worker.choose_of_tile(s, layout, t, out);
-                        }
-                    });
+            layout.workers(scratch),
+            |(scores, codes, chooser), (i, mut tile)| {
+                let tokens = tile.ids.len() / row;
+                let (first, second) = scores.split_at_mut(ROWS * layout.padded);
+                for (h, from) in (0..dims.heads).flat_map(|h| (0..tokens).step_by(ROWS).map(move |from| (h, from))) {
+                    let count = ROWS.min(tokens - from);
+                    let query = |t: usize, p: usize| {
+                        let at = ((i * layout.tile + from + t) * dims.heads + h) * dims.parts + p;
+                        &queries[at * c..(at + 1) * c]
+                    };
+                    let mut margins = [[0.0; ROWS]; 2];
+                    for (p, out) in [&mut *first, &mut *second].into_iter().take(dims.parts).enumerate() {
+                        let queries: [&[f32]; ROWS] = core::array::from_fn(|t| query(t.min(count - 1), p));
+                        margins[p] = keys.score(self.token, h * dims.parts + p, &queries[..count], codes, out);
+                    }
+                    let [a, b] = margins;
+                    for (t, (a, b)) in a.into_iter().zip(b).take(count).enumerate() {
+                        let half = |p: usize, margin| Half { query: query(t, p), first: dims.key_row(h, p, 0), margin };
+                        let halves = [half(0, a), half(dims.parts - 1, b)];
+                        let at = t * layout.padded..(t + 1) * layout.padded;
+                        let second = if dims.parts == 2 { &mut second[at.clone()] } else { &mut [][..] };
+                        let bag = &mut tile.part((from + t) * dims.heads + h, dims.top_k);
+                        self.choose_or_score(chooser, table, halves, (&mut first[at], second), bag);
+                    }
                 }
             },
         );
     }
+
+    /// Chooses by coarse scores, or by all of them where those do not tell.
+    fn choose_or_score<K: RowStore>(
+        &self,
+        chooser: &mut Chooser<'_>,
+        keys: &K,
+        halves: [Half<'_>; 2],
+        (first, second): (&mut [f32], &mut [f32]),
+        bag: &mut Bag<'_>,
+    ) {
+        if chooser.choose_coarse(self.token, keys, halves, (&mut *first, &mut *second), bag) {
+            return;
+        }
+        for (half, scores) in halves.iter().zip([&mut *first, &mut *second]).filter(|(_, scores)| !scores.is_empty()) {
+            self.score(keys, half.first, half.query, &mut scores[..chooser.sub_keys()]);
+        }
+        chooser.choose(self.token, (first, second), bag);
+    }
+
+    /// The scores of rows `first..` of the keys.
+    fn score<K: RowStore>(&self, keys: &K, first: usize, vector: &[f32], out: &mut [f32]) {
+        #[allow(clippy::cast_possible_truncation, reason = "a row of a table: ids have 32 bits")]
+        let row = |n: usize| (first + n < keys.rows()).then_some((first + n) as u32);
+        let mut dot = Dot { table: keys, row, vector, out, far: true };
+        dispatch!(self.token, s => columns(s, vector.len(), &mut dot));
+    }
+
+    /// The scores `[P, tile, N]` of head `h` of `tokens` tokens from `start` on.
+    fn score_tile(
+        &self,
+        layout: &Layout,
+        (start, tokens, h): (usize, usize, usize),
+        queries: &[f32],
+        panels: &[f32],
+        scores: &mut [f32],
+    ) {
+        let SelectDims { heads, parts, half_dim: c, .. } = layout.dims;
+        let row = heads * parts * c;
+        for p in 0..parts {
+            let half = h * parts + p;
+            let queries = &queries[start * row + half * c..];
+            let panels = &panels[half * layout.padded * c..(half + 1) * layout.padded * c];
+            let scores = &mut scores[p * layout.tile * layout.padded..][..tokens * layout.padded];
+            dispatch!(self.token, s => {
+                let width = panel_width(s);
+                for (j, panel) in panels.chunks_exact(c * width).enumerate() {
+                    for k in (0..c).step_by(DEPTH) {
+                        let left = Left { data: &queries[k..], row, step: 1 };
+                        let panel = Panel { data: &panel[k * width..], step: width };
+                        let size = (tokens, DEPTH.min(c - k), width);
+                        product::multiply(s, size, left, panel, (&mut scores[j * width..], layout.padded), k > 0);
+                    }
+                }
+            });
+        }
+    }
+}
+
+/// The outputs in pieces of `n` places.
+fn bags<'a>(
+    n: usize,
+    ids: &'a mut [u32],
+    scores: &'a mut [f32],
+    weights: &'a mut [f32],
+) -> impl Iterator<Item = Bag<'a>> + Send + use<'a> {
+    let outputs = ids.chunks_mut(n).zip(scores.chunks_mut(n)).zip(weights.chunks_mut(n));
+    outputs.map(|((ids, scores), weights)| Bag { ids, scores, weights })
 }
 
 #[inline(always)]
@@ -201,187 +428,6 @@ fn lay_out<S: Simd, K: RowStore>(_: S, keys: &K, first: usize, count: usize, dim
                 }
             }
         }
-    }
-}
-
-/// A worker's workspace.
-struct Worker<'a> {
-    /// `[P, tile, N]`.
-    tile: &'a mut [f32],
-    first: (&'a mut [f32], &'a mut [u32]),
-    second: (&'a mut [f32], &'a mut [u32]),
-    best: (&'a mut [f32], &'a mut [u32]),
-    /// `2K` candidates of each half.
-    candidates: (&'a mut [f32], &'a mut [u32]),
-    /// The pairs that can win, as `a << 16 | b`.
-    pairs: &'a mut [u32],
-    work: topk::Work<'a>,
-}
-
-fn workers<'a>(layout: &Layout, scratch: Scratch<'a, Cpu>) -> impl Iterator<Item = Worker<'a>> + Send + use<'a> {
-    let layout = *layout;
-    let reals = scratch.reals.chunks_exact_mut(layout.worker.reals);
-    reals.zip(scratch.ids.chunks_exact_mut(layout.worker.ids)).map(move |(reals, ids)| Worker::new(&layout, reals, ids))
-}
-
-impl<'a> Worker<'a> {
-    fn new(layout: &Layout, mut reals: &'a mut [f32], mut ids: &'a mut [u32]) -> Self {
-        let k = layout.dims.top_k;
-        let places = topk::work(k, layout.pairs);
-        let mut list = |n| (take(&mut reals, n), take(&mut ids, n));
-        let (first, second, best) = (list(topk::list(k)), list(topk::list(k)), list(topk::list(k)));
-        let candidates = list(4 * k);
-        let (work_scores, work_ids) = list(places);
-        let work = topk::Work { scores: work_scores, ids: work_ids, ranks: take(&mut reals, places) };
-        let pairs = take(&mut ids, layout.pairs);
-        if layout.pairs > 0 {
-            for (code, (a, b)) in pairs.iter_mut().zip(topk::pairs(k)) {
-                #[allow(clippy::cast_possible_truncation, reason = "K <= N <= 2^16 where keys have two parts")]
-                {
-                    *code = (a << 16 | b) as u32;
-                }
-            }
-        }
-        Self { tile: reals, first, second, best, candidates, pairs, work }
-    }
-
-    /// The scores of head `h` of `tokens` tokens from `start` on.
-    #[inline(always)]
-    fn score<S: Simd>(
-        &mut self,
-        s: S,
-        layout: &Layout,
-        (start, tokens, h): (usize, usize, usize),
-        queries: &[f32],
-        panels: &[f32],
-    ) {
-        let SelectDims { heads, parts, half_dim: c, .. } = layout.dims;
-        let (row, width) = (heads * parts * c, product::width::<S>());
-        for p in 0..parts {
-            let half = h * parts + p;
-            let queries = &queries[start * row + half * c..];
-            let panels = &panels[half * layout.padded * c..(half + 1) * layout.padded * c];
-            let scores = &mut self.tile[p * layout.tile * layout.padded..][..tokens * layout.padded];
-            for (j, panel) in panels.chunks_exact(c * width).enumerate() {
-                for k in (0..c).step_by(DEPTH) {
-                    let left = Left { data: &queries[k..], row, step: 1 };
-                    let panel = Panel { data: &panel[k * width..], step: width };
-                    let size = (tokens, DEPTH.min(c - k), width);
-                    product::multiply(s, size, left, panel, (&mut scores[j * width..], layout.padded), k > 0);
-                }
-            }
-        }
-    }
-
-    /// The best of token `t` of the tile.
-    #[inline(always)]
-    fn choose_of_tile<S: Simd>(&mut self, s: S, layout: &Layout, t: usize, out: (&mut [u32], &mut [f32], &mut [f32])) {
-        let tile = core::mem::take(&mut self.tile);
-        let (first, second) = tile.split_at_mut(layout.tile * layout.padded);
-        let row = t * layout.padded..(t + 1) * layout.padded;
-        let second = if layout.dims.parts == 2 { &mut second[row.clone()] } else { second };
-        self.choose(s, layout, (&mut first[row], second), out);
-        self.tile = tile;
-    }
-
-    /// The best K by the scores of both halves, and their softmax.
-    #[inline(always)]
-    fn choose<S: Simd>(
-        &mut self,
-        s: S,
-        layout: &Layout,
-        (first, second): (&mut [f32], &mut [f32]),
-        (ids, scores, weights): (&mut [u32], &mut [f32], &mut [f32]),
-    ) {
-        let (n, k) = (layout.dims.sub_keys, layout.dims.top_k);
-        first[n..].fill(f32::NEG_INFINITY);
-        let work = &mut self.work;
-        if layout.dims.parts == 1 {
-            if topk::best(s, first, n, k, (&mut *self.best.0, &mut *self.best.1), work) {
-                scores.copy_from_slice(&self.best.0[..k]);
-                ids.copy_from_slice(&self.best.1[..k]);
-            } else {
-                let mut list = Best::new(scores, ids);
-                (0..).zip(&first[..n]).for_each(|(i, &score)| list.offer(score, i));
-            }
-        } else {
-            second[n..].fill(f32::NEG_INFINITY);
-            let plain = topk::best(s, first, n, k, (&mut *self.first.0, &mut *self.first.1), work)
-                & topk::best(s, second, n, k, (&mut *self.second.0, &mut *self.second.1), work);
-            if plain {
-                self.choose_pairs(s, n, k, ids, scores);
-            } else {
-                self.try_all_pairs(&first[..n], &second[..n], k, ids, scores);
-            }
-        }
-        softmax(scores, weights);
-    }
-
-    /// The best pairs of two lists without NaN and positive infinity.
-    #[inline(always)]
-    fn choose_pairs<S: Simd>(&mut self, s: S, n: usize, k: usize, ids: &mut [u32], scores: &mut [f32]) {
-        let sums = &mut *self.work.scores;
-        let mut len = 0;
-        for (a, &u) in self.first.0[..k].iter().enumerate() {
-            let u = s.splat(u);
-            let many = k / (a + 1);
-            // Whole vectors; what is too much is overwritten by the next, or filled below.
-            for b in (0..many).step_by(S::LANES) {
-                s.store(s.add(u, s.load(&self.second.0[b..])), &mut sums[len + b..]);
-            }
-            len += many;
-        }
-        let padded = len.next_multiple_of(S::LANES);
-        sums[len..padded].fill(f32::NEG_INFINITY);
-        let (pairs, best) = (&*self.pairs, (&mut *self.best.0, &mut *self.best.1));
-        topk::place(s, &sums[..padded], len, k, |i| pairs[i], best, self.work.ranks);
-        scores.copy_from_slice(&self.best.0[..k]);
-        for (id, &pair) in ids.iter_mut().zip(&*self.best.1) {
-            let (i, j) = (self.first.1[(pair >> 16) as usize], self.second.1[(pair & 0xffff) as usize]);
-            // Below 2^32 for every pair of sub-keys: N <= 2^16, so that N itself fits too.
-            #[allow(clippy::cast_possible_truncation, reason = "N <= 2^16 where keys have two parts")]
-            {
-                *id = i * n as u32 + j;
-            }
-        }
-    }
-
-    /// The law in full: NaN and infinities.
-    #[cold]
-    fn try_all_pairs(&mut self, first: &[f32], second: &[f32], k: usize, ids: &mut [u32], scores: &mut [f32]) {
-        let (u, v) = self.candidates.0.split_at_mut(2 * k);
-        let (i, j) = self.candidates.1.split_at_mut(2 * k);
-        let (a, b) = (half_candidates(first, k, u, i), half_candidates(second, k, v, j));
-        best_pairs((&u[..a], &i[..a]), (&v[..b], &j[..b]), first.len(), scores, ids);
-    }
-}
-
-/// Takes the first `n` places out of a slice.
-pub(super) fn take<'a, T>(from: &mut &'a mut [T], n: usize) -> &'a mut [T] {
-    let (head, tail) = core::mem::take(from).split_at_mut(n);
-    *from = tail;
-    head
-}
-
-/// The softmax of `scores` into `weights`, the greatest subtracted first.
-#[inline(always)]
-fn softmax(scores: &[f32], weights: &mut [f32]) {
-    let greatest = scores.iter().fold(f32::NEG_INFINITY, |m, &s| if s > m { s } else { m });
-    let mut sum = 0.0;
-    for (weights, scores) in weights.chunks_mut(16).zip(scores.chunks(16)) {
-        // Always sixteen, for a vector or two: a list is short.
-        let mut lanes = [greatest; 16];
-        lanes[..scores.len()].copy_from_slice(scores);
-        for lane in &mut lanes {
-            *lane = math::exp(*lane - greatest);
-        }
-        for (weight, lane) in weights.iter_mut().zip(lanes) {
-            *weight = lane;
-            sum += lane;
-        }
-    }
-    for weight in weights {
-        *weight /= sum;
     }
 }
 

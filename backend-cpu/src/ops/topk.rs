@@ -17,10 +17,9 @@ const fn most(k: usize) -> usize {
     4 * k + 16
 }
 
-/// Places of [`Work`] for lists of `k`, and for `pairs` of them.
-pub(super) const fn work(k: usize, pairs: usize) -> usize {
-    let most = most(k) + 48;
-    if most > pairs + 16 { most } else { pairs + 16 }
+/// Places of [`Work`] for lists of `k`.
+pub(super) const fn work(k: usize) -> usize {
+    most(k) + 48
 }
 
 /// Pairs `(a, b)` with `(a + 1)(b + 1) <= k`: no other can be among the best `k` of two lists, for at least `k` go
@@ -56,7 +55,7 @@ pub(super) fn best<S: Simd>(
     let vectors = n.div_ceil(S::LANES);
     let scores = &scores[..vectors * S::LANES];
     let groups = (2 * k).div_ceil(S::LANES);
-    if vectors <= 2 * groups {
+    if vectors < 2 * groups {
         let mut strange = 0;
         for v in scores.chunks_exact(S::LANES) {
             strange |= s.not_lt_bits(s.load(v), infinity);
@@ -95,6 +94,39 @@ pub(super) fn best<S: Simd>(
     let ids = &*work.ids;
     place(s, &work.scores[..padded], len, k, |i| ids[i], best, work.ranks);
     strange == 0
+}
+
+/// Collects, in their order, the positions of the scores that are not below the `k`-th best less `margin`; returns how
+/// many, or nothing if they are more than `most`, or the margin is infinite or NaN.
+///
+/// `scores` are whole vectors, at least `2k` of them, filled up with negative infinity and else finite; `near` has a
+/// vector more places than `most`.
+#[inline(always)]
+pub(super) fn near<S: Simd>(
+    s: S,
+    scores: &[f32],
+    k: usize,
+    margin: f32,
+    near: &mut [u32],
+    most: usize,
+    work: &mut Work<'_>,
+) -> Option<usize> {
+    if margin.is_nan() || margin == f32::INFINITY {
+        return None;
+    }
+    let least = s.splat(bound(s, scores, (2 * k).div_ceil(S::LANES), k, work) - margin);
+    let (mut base, mut len) = (0, 0);
+    for v in scores.chunks_exact(S::LANES) {
+        len += s.compress_ids(s.ge_bits(s.load(v), least), base, &mut near[len..]);
+        if len > most {
+            return None;
+        }
+        #[allow(clippy::cast_possible_truncation, reason = "16 at most")]
+        {
+            base += S::LANES as u32;
+        }
+    }
+    Some(len)
 }
 
 /// The `k`-th greatest of the maxima of `groups` vectors of groups: at least `k` scores are not less.

@@ -1,0 +1,371 @@
+//! Integer scores that say which sub-keys can be among the best: these alone are scored in `f32`, and the `f32` scores
+//! decide, so that the selection is theirs.
+//!
+//! With a query `q = s·a + r` and a sub-key `k = z·b + e`, `a` and `b` integers,
+//! `<q, k> - s·z·<a, b> = <r, k> + <s·a, e>`, in magnitude at most `|r|₁·|k|∞ + (|q|₂ + |r|₂)·|e|₂`; the rounding of
+//! sums of C products adds less than `2(C + 16)·ε·|q|₁·|k|∞`. Where `m` bounds that, a sub-key among the best K has a
+//! coarse score of at least the K-th best coarse one less `2m`.
+
+use memlayer_core::element::Format;
+use memlayer_core::{Element, Row, RowStore};
+
+use crate::isa::int8::{Int8, MAX_DIM, ROWS, WIDTH, left_len, pack_column, pack_left};
+use crate::isa::rows::as_f32;
+use crate::isa::{Simd, Token, dispatch};
+
+/// The norms are sums of at most [`MAX_DIM`] rounded terms.
+const ROUNDING: f32 = 1.01;
+
+/// Magnitudes whose products and squares neither overflow nor vanish.
+const PLAIN: core::ops::RangeInclusive<f32> = 1e-15..=1e15;
+
+/// Room for vectors of one width, one after the other.
+pub(super) struct Buffer {
+    /// Zero behind the width, up to whole vectors of any instruction set.
+    values: [f32; MAX_DIM],
+    codes: [i8; MAX_DIM],
+}
+
+/// How a vector was written as integers, and how far off they are.
+#[derive(Clone, Copy)]
+pub(super) struct Quantized {
+    /// Value `i` is about `scale` times code `i`.
+    pub(super) scale: f32,
+    /// `|x|∞`; infinite if the vector is not finite, or its values are too large or too small to be bounded.
+    max: f32,
+    /// `|x|₁` and `|x|₂`.
+    sum: f32,
+    norm: f32,
+    /// The same of what is left, `|x - scale · codes|`.
+    rest_sum: f32,
+    rest_norm: f32,
+}
+
+/// What a set of sub-keys has at most.
+#[derive(Clone, Copy)]
+pub(super) struct Bounds {
+    /// `|k|∞`.
+    max: f32,
+    /// `|e|₂`.
+    rest: f32,
+}
+
+impl Bounds {
+    /// Of no sub-keys.
+    pub(super) const NONE: Self = Self { max: 0.0, rest: 0.0 };
+    /// As scalars in scratch.
+    pub(super) const LEN: usize = 2;
+
+    /// Of int8 codes with a scale.
+    pub(super) fn of_scale(scale: f32) -> Self {
+        Self { max: bounded(128.0 * scale.abs()), rest: 0.0 }
+    }
+    pub(super) fn and(self, other: Self) -> Self {
+        Self { max: self.max.max(other.max), rest: self.rest.max(other.rest) }
+    }
+    pub(super) fn store(self, to: &mut [f32]) {
+        to.copy_from_slice(&[self.max, self.rest]);
+    }
+    /// Of all that were stored.
+    pub(super) fn load(from: &[f32]) -> Self {
+        let stored = from.chunks_exact(Self::LEN).map(|two| Self { max: two[0], rest: two[1] });
+        stored.fold(Self::NONE, Self::and)
+    }
+}
+
+/// `max`, or infinity if products with it may overflow or vanish, or it is NaN.
+fn bounded(max: f32) -> f32 {
+    if max == 0.0 || PLAIN.contains(&max) { max } else { f32::INFINITY }
+}
+
+impl Buffer {
+    pub(super) fn new() -> Self {
+        Self { values: [0.0; MAX_DIM], codes: [0; MAX_DIM] }
+    }
+
+    /// Writes `vector` as integers; all vectors of a buffer have one width.
+    pub(super) fn quantize(&mut self, token: Token, vector: &[f32]) -> (Quantized, &[i8]) {
+        if vector.len().is_multiple_of(LANES) {
+            return dispatch!(token, s => quantize(s, vector, &mut self.codes));
+        }
+        self.values[..vector.len()].copy_from_slice(vector);
+        self.quantize_values(token, vector.len())
+    }
+
+    /// The same for a row of any format.
+    fn quantize_row<E: Element>(&mut self, token: Token, row: &Row<'_, E>, dim: usize) -> (Quantized, &[i8]) {
+        match as_f32(row.codes) {
+            Some(codes) if row.scales.is_empty() => return self.quantize(token, codes),
+            _ => {}
+        }
+        for (i, value) in self.values[..dim].iter_mut().enumerate() {
+            *value = row.value::<f32>(i);
+        }
+        self.quantize_values(token, dim)
+    }
+
+    fn quantize_values(&mut self, token: Token, dim: usize) -> (Quantized, &[i8]) {
+        let values = &self.values[..dim.next_multiple_of(LANES)];
+        let (quantized, codes) = dispatch!(token, s => quantize(s, values, &mut self.codes));
+        (quantized, &codes[..dim])
+    }
+}
+
+/// Writes whole vectors of values as integers.
+#[inline(always)]
+fn quantize<'a, S: Simd>(s: S, values: &[f32], codes: &'a mut [i8; MAX_DIM]) -> (Quantized, &'a [i8]) {
+    let len = values.len();
+    let values = values.as_chunks::<LANES>().0;
+    // Lanes that the compiler makes vectors. The bits of magnitudes are in their order, and those of NaN above all.
+    let (mut max, mut sum, mut square) = ([0; LANES], [0.0; LANES], [0.0; LANES]);
+    for values in values {
+        for (i, &x) in values.iter().enumerate() {
+            max[i] = x.abs().to_bits().max(max[i]);
+            sum[i] += x.abs();
+            square[i] += x * x;
+        }
+    }
+    let max = bounded(f32::from_bits(max.into_iter().fold(0, u32::max)));
+    let (scale, inverse) = if max > 0.0 && max < f32::INFINITY { (max / 127.0, 127.0 / max) } else { (0.0, 0.0) };
+    let (mut rest_sum, mut rest_square) = ([0.0; LANES], [0.0; LANES]);
+    for (values, codes) in values.iter().zip(codes.as_chunks_mut::<LANES>().0) {
+        for (i, (&x, code)) in values.iter().zip(codes).enumerate() {
+            // Floats around this one are consecutive integers, and so are their bits.
+            let shifted = x * inverse + INTEGERS;
+            *code = shifted.to_bits().to_le_bytes()[0].cast_signed();
+            let rest = x - scale * (shifted - INTEGERS);
+            rest_sum[i] += rest.abs();
+            rest_square[i] += rest * rest;
+        }
+    }
+    let quantized = Quantized {
+        scale,
+        max,
+        sum: total(s, &sum),
+        norm: total(s, &square).sqrt(),
+        rest_sum: total(s, &rest_sum),
+        rest_norm: total(s, &rest_square).sqrt(),
+    };
+    (quantized, &codes[..len])
+}
+
+const LANES: usize = 16;
+
+/// 1.5 · 2^23.
+const INTEGERS: f32 = 12_582_912.0;
+
+#[inline(always)]
+fn total<S: Simd>(s: S, lanes: &[f32; LANES]) -> f32 {
+    let mut sum = s.splat(0.0);
+    for lanes in lanes.chunks_exact(S::LANES) {
+        sum = s.add(sum, s.load(lanes));
+    }
+    s.sum(sum)
+}
+
+impl Quantized {
+    fn bounds(&self) -> Bounds {
+        Bounds { max: self.max, rest: self.rest_norm }
+    }
+
+    /// How far the coarse score of a sub-key among the best can be below the K-th best coarse one, in units of this
+    /// query's scale: `2m` of the head of this file. It is no number, or infinite, where nothing is known.
+    pub(super) fn margin(&self, dim: usize, keys: Bounds) -> f32 {
+        let rest = self.rest_sum * keys.max + (self.norm + self.rest_norm) * keys.rest;
+        let rounding = 2.0 * (dim as f32 + 16.0) * f32::EPSILON * self.sum * keys.max;
+        let margin = 2.0 * ROUNDING * (rest + rounding) / self.scale;
+        if self.max < f32::INFINITY { margin } else { f32::INFINITY }
+    }
+}
+
+/// The codes and the scale of a row, if it is one of int8 with one scale or none.
+#[inline(always)]
+fn as_int8<'a, E: Element>(row: &Row<'a, E>) -> Option<(&'a [i8], f32)> {
+    match (E::FORMAT, row.scales) {
+        (Format::Int8, []) => Some((bytemuck::cast_slice(row.codes), 1.0)),
+        (Format::Int8, [scale]) => Some((bytemuck::cast_slice(row.codes), *scale)),
+        _ => None,
+    }
+}
+
+/// Whether the keys are `rows` of int8 that lie one after the other, with one scale each or none.
+pub(super) fn lie_as_int8<K: RowStore>(keys: &K, rows: usize) -> bool {
+    let one_scale = |all: Row<'_, K::Elem>| all.scales.is_empty() || all.scales.len() == rows;
+    K::Elem::FORMAT == Format::Int8 && keys.run(0, rows).is_some_and(one_scale)
+}
+
+/// Sub-keys as integers.
+pub(super) struct Panel<'a> {
+    /// `[C / 4, WIDTH]`, see [`pack_column`].
+    pub(super) codes: &'a mut [u32],
+    /// `[WIDTH]`.
+    pub(super) scales: &'a mut [f32],
+    /// [`Bounds`].
+    pub(super) bounds: &'a mut [f32],
+}
+
+impl Panel<'_> {
+    /// Rows `first..first + count` of `keys` as columns; those behind them mean nothing.
+    pub(super) fn lay_out<K: RowStore>(&mut self, token: Token, keys: &K, first: usize, count: usize, dim: usize) {
+        let mut bounds = Bounds::NONE;
+        self.scales.fill(0.0);
+        if count < WIDTH {
+            self.codes.fill(0);
+        }
+        let mut buffer = Buffer::new();
+        for n in 0..count {
+            #[allow(clippy::cast_possible_truncation, reason = "a row of a table: ids have 32 bits")]
+            let row = keys.row((first + n) as u32);
+            if let Some((codes, scale)) = as_int8(&row) {
+                pack_column(codes, n, self.codes);
+                self.scales[n] = scale;
+                bounds = bounds.and(Bounds::of_scale(scale));
+            } else {
+                let (quantized, codes) = buffer.quantize_row(token, &row, dim);
+                pack_column(codes, n, self.codes);
+                self.scales[n] = quantized.scale;
+                bounds = bounds.and(quantized.bounds());
+            }
+        }
+        bounds.store(self.bounds);
+    }
+}
+
+/// The keys of a call as integers.
+#[derive(Clone, Copy)]
+pub(super) struct Keys<'a> {
+    pub(super) int8: Int8,
+    /// C.
+    pub(super) dim: usize,
+    /// Panels of a half.
+    pub(super) panels: usize,
+    /// `[H, P, panels, C / 4, WIDTH]`.
+    pub(super) codes: &'a [u32],
+    /// `[H, P, panels, WIDTH]`.
+    pub(super) scales: &'a [f32],
+    /// `[H, P, panels]`.
+    pub(super) bounds: &'a [f32],
+}
+
+impl Keys<'_> {
+    /// The coarse scores `[queries, panels · WIDTH]` of the sub-keys of half `half`, in units of each query's scale, for
+    /// at most [`ROWS`] queries, and the margins of these. `codes` is workspace for [`ROWS`] queries.
+    pub(super) fn score(
+        &self,
+        token: Token,
+        half: usize,
+        queries: &[&[f32]],
+        codes: &mut [u32],
+        out: &mut [f32],
+    ) -> [f32; ROWS] {
+        let mut margins = [f32::INFINITY; ROWS];
+        let (len, bounds) = (left_len(self.dim), self.panels * Bounds::LEN);
+        let keys = Bounds::load(&self.bounds[half * bounds..(half + 1) * bounds]);
+        let mut buffer = Buffer::new();
+        for ((query, to), margin) in queries.iter().zip(codes.chunks_exact_mut(len)).zip(&mut margins) {
+            let (quantized, codes) = buffer.quantize(token, query);
+            pack_left(codes, to);
+            *margin = quantized.margin(self.dim, keys);
+        }
+        let (words, padded) = (self.dim.div_ceil(4) * WIDTH, self.panels * WIDTH);
+        let panels = self.codes[half * self.panels * words..].chunks_exact(words).take(self.panels);
+        let scales = self.scales[half * padded..].chunks_exact(WIDTH);
+        for (j, (panel, scales)) in panels.zip(scales).enumerate() {
+            self.int8.multiply(&codes[..queries.len() * len], panel, scales, &mut out[j * WIDTH..], padded);
+        }
+        margins
+    }
+}
+
+/// The coarse scores of int8 sub-keys that lie one after the other, codes and scales, in units of the query's scale, and
+/// their bounds.
+pub(super) fn score_rows(
+    token: Token,
+    int8: Int8,
+    (codes, scales): (&[i8], &[f32]),
+    query: &[f32],
+    out: &mut [f32],
+) -> Bounds {
+    int8.dots(Buffer::new().quantize(token, query).1, codes, out);
+    if scales.is_empty() {
+        return Bounds::of_scale(1.0);
+    }
+    // The greatest magnitude, and the sum of all, which NaN goes through.
+    let (mut max, mut sum) = (0.0_f32, 0.0);
+    for (out, &scale) in out.iter_mut().zip(scales) {
+        *out *= scale;
+        max = if scale.abs() > max { scale.abs() } else { max };
+        sum += 0.0 * scale;
+    }
+    Bounds::of_scale(if sum == 0.0 { max } else { f32::NAN })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::isa::Isa;
+    use memlayer_core::Random;
+
+    fn token() -> Token {
+        Isa::available().next().and_then(Token::new).expect("one is always there")
+    }
+
+    /// The greatest error of a coarse score, in units of what it may be, and the margin in units of the spread of the
+    /// scores.
+    fn measure(dim: usize, mut draw: impl FnMut(&mut Random) -> f64, random: &mut Random) -> (f64, f64) {
+        #[allow(clippy::cast_possible_truncation, reason = "rounded")]
+        let mut vector = || -> Vec<f32> { (0..dim).map(|_| draw(random) as f32).collect() };
+        let query = vector();
+        let keys: Vec<_> = (0..200).map(|_| vector()).collect();
+        let (mut buffer, mut other) = (Buffer::new(), Buffer::new());
+        let (q, codes) = buffer.quantize(token(), &query);
+        let mut pack = |key: &Vec<f32>| {
+            let (quantized, codes) = other.quantize(token(), key);
+            (quantized, codes.to_vec())
+        };
+        let packed: Vec<_> = keys.iter().map(&mut pack).collect();
+        let bounds = packed.iter().fold(Bounds::NONE, |bounds, (k, _)| bounds.and(k.bounds()));
+        let half = f64::from(q.margin(dim, bounds)) / 2.0 * f64::from(q.scale);
+        let (mut worst, mut square) = (0.0_f64, 0.0);
+        for (key, (k, key_codes)) in keys.iter().zip(&packed) {
+            let exact: f64 = query.iter().zip(key).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+            let sum: i32 = codes.iter().zip(key_codes).map(|(&a, &b)| i32::from(a) * i32::from(b)).sum();
+            let coarse = f64::from(q.scale) * f64::from(k.scale * sum as f32);
+            worst = worst.max((coarse - exact).abs() / half);
+            square += exact * exact;
+        }
+        (worst, half / (square / 200.0).sqrt())
+    }
+
+    #[test]
+    fn coarse_scores_are_within_their_bound() {
+        let random = &mut Random::new(5);
+        let even = |r: &mut Random| 2.0 * r.uniform() - 1.0;
+        for dim in [1, 7, 16, 64, 100, 256, MAX_DIM] {
+            for _ in 0..20 {
+                let (error, margin) = measure(dim, even, random);
+                assert!(error <= 1.0, "dim {dim}: {error} of the bound");
+                // Else it would be right, and of no use.
+                assert!(dim > 256 || margin < 0.3, "dim {dim}: half a margin is {margin} of the spread");
+                let tails = |r: &mut Random| even(r).powi(9) * 100.0;
+                assert!(measure(dim, tails, random).0 <= 1.0, "dim {dim}");
+                let sparse = |r: &mut Random| if r.below(10) == 0 { even(r) } else { 1e-4 * even(r) };
+                assert!(measure(dim, sparse, random).0 <= 1.0, "dim {dim}");
+                let small = |r: &mut Random| 1e-12 * even(r);
+                assert!(measure(dim, small, random).0 <= 1.0, "dim {dim}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_bounded_is_infinite() {
+        let bounds = Bounds { max: 1.0, rest: 0.01 };
+        for x in [f32::NAN, f32::INFINITY, 1e20, 1e-20, 0.0] {
+            let mut query = [0.0; 5];
+            query[3] = x;
+            let margin = Buffer::new().quantize(token(), &query).0.margin(5, bounds);
+            assert!(!margin.is_finite(), "{x}: {margin}");
+        }
+        assert!(!Buffer::new().quantize(token(), &[1.0; 5]).0.margin(5, Bounds::of_scale(f32::NAN)).is_finite());
+    }
+}
