@@ -168,7 +168,8 @@ fn add_groups<S: Simd, E: Element, const NV: usize>(
     );
 }
 
-/// The dot of a block of a row with the vector `x`, before its lanes are summed and [`scaled`].
+/// The dot of a block of a row with the vector `x`, before its lanes are summed, and multiplied by the scale of the row
+/// if it has one for all values.
 #[inline(always)]
 pub(crate) fn dot_lanes<S: Simd, E: Element, const NV: usize>(
     s: S,
@@ -194,15 +195,6 @@ pub(crate) fn dot_lanes<S: Simd, E: Element, const NV: usize>(
         }
     }
     if NV == 1 { sums[0] } else { s.add(sums[0], sums[1]) }
-}
-
-/// The sum of [`dot_lanes`], times the scale of the row if it has one for all values.
-#[inline(always)]
-pub(crate) fn scaled<E>(sum: f32, row: &Row<'_, E>) -> f32 {
-    match row.scales {
-        [scale] => scale * sum,
-        _ => sum,
-    }
 }
 
 /// The sum of the products of two slices of one length.

@@ -6,7 +6,7 @@ use memlayer_core::ops::bag::{BagDot, BagSum, EmbeddingBag};
 use memlayer_core::{ArgError, Element, RowStore};
 
 use crate::Cpu;
-use crate::isa::rows::{Columns, add_row, columns, dot_lanes, scaled};
+use crate::isa::rows::{Columns, add_row, columns, dot_lanes};
 use crate::isa::{Simd, dispatch};
 use crate::ops::piece;
 
@@ -162,20 +162,21 @@ impl<T: RowStore, R: Fn(usize) -> Option<u32>> Columns for Dot<'_, T, R> {
         // Four rows at a time, for their lanes are summed together. The last rows are taken more than once.
         let last = bag.saturating_sub(1);
         for (i, out) in self.out.chunks_mut(4).enumerate() {
-            let mut rows = [None; 4];
-            let mut lanes = [s.splat(0.0); 4];
-            for (j, (row, lanes)) in rows.iter_mut().zip(&mut lanes).enumerate() {
+            let (mut lanes, mut scales) = ([s.splat(0.0); 4], [1.0; 4]);
+            for (j, (lanes, scale)) in lanes.iter_mut().zip(&mut scales).enumerate() {
                 let l = (4 * i + j).min(last);
                 if self.far {
                     ask(s, self.table, &self.row, (l, bag), (col, width));
                 }
                 let Some(id) = (self.row)(l) else { return };
-                let found = self.table.row(id);
-                *lanes = dot_lanes(s, &x, &found, col);
-                *row = Some(found);
+                let row = self.table.row(id);
+                *lanes = dot_lanes(s, &x, &row, col);
+                if let [one] = row.scales {
+                    *scale = *one;
+                }
             }
-            for ((out, sum), row) in out.iter_mut().zip(s.sum4(lanes)).zip(rows.iter().flatten()) {
-                let dot = scaled(sum, row);
+            for ((out, sum), scale) in out.iter_mut().zip(s.sum4(lanes)).zip(scales) {
+                let dot = scale * sum;
                 *out = if col == 0 { dot } else { *out + dot };
             }
         }

@@ -352,8 +352,9 @@ impl Cpu {
 
     /// The scores of rows `first..` of the keys.
     fn score<K: RowStore>(&self, keys: &K, first: usize, vector: &[f32], out: &mut [f32]) {
+        let left = keys.rows() - first;
         #[allow(clippy::cast_possible_truncation, reason = "a row of a table: ids have 32 bits")]
-        let row = |n: usize| (first + n < keys.rows()).then_some((first + n) as u32);
+        let row = |n: usize| (n < left).then_some((first + n) as u32);
         let mut dot = Dot { table: keys, row, vector, out, far: true };
         dispatch!(self.token, s => columns(s, vector.len(), &mut dot));
     }
