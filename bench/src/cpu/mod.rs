@@ -150,12 +150,16 @@ fn cases(options: &Options) -> Vec<Case> {
             }
         }
     }
-    threads.iter().for_each(|&n| add(Case::new("rows step", "adam", (64, 1024, 1 << 22), n)));
+    for v in [64, 256] {
+        threads.iter().for_each(|&n| add(Case::new("rows step", "adam", (v, 1024, 1 << 22), n)));
+    }
     #[cfg(feature = "lm")]
     threads.iter().for_each(|&n| add(Case::new("lm step", "f32", (32, 256, 1 << 14), n)));
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a size somebody typed")]
     let most = (options.memory * f64::from(1 << 30)) as usize;
-    cases.retain(|case| case.slots * case.row_bytes <= most);
+    // A step has the state of lazy Adam beside the rows.
+    let copies = |case: &Case| if case.op.ends_with("step") { 3 } else { 1 };
+    cases.retain(|case| case.slots * case.row_bytes * copies(case) <= most);
     if let Some(only) = &options.only {
         cases.retain(|case| case.name().contains(only.as_str()));
     }
