@@ -42,7 +42,8 @@ pub(crate) fn pack_left(codes: &[i8], to: &mut [u32]) {
 pub(crate) fn pack_column(codes: &[i8], n: usize, panel: &mut [u32]) {
     let (fours, rest) = codes.as_chunks::<4>();
     let mut words = panel[n..].iter_mut().step_by(WIDTH);
-    for (word, four) in words.by_ref().zip(fours) {
+    // In this order: a zip asks its first side first, and a word asked for is gone.
+    for (four, word) in fours.iter().zip(words.by_ref()) {
         *word = u32::from_le_bytes(four.map(i8::cast_unsigned)) ^ 0x8080_8080;
     }
     if let (Some(word), [first, ..]) = (words.next(), rest) {
@@ -82,15 +83,15 @@ impl Int8 {
         }
     }
 
-    /// `out[n] = Σ query · row n`, for rows of as many codes as the query has, at most [`MAX_DIM`].
+    /// `out[n] = Σ query · row n`, for rows of `dim` codes; behind so many the query is zero.
     ///
     /// # Panics
     /// If there are fewer rows than places in `out`.
     #[inline(always)]
-    pub(crate) fn dots(self, query: &[i8], rows: &[i8], out: &mut [f32]) {
+    pub(crate) fn dots(self, query: &[i8; MAX_DIM], dim: usize, rows: &[i8], out: &mut [f32]) {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Vnni(vnni) => vnni.dots(query, rows, out),
+            Self::Vnni(vnni) => vnni.dots(query, dim, rows, out),
         }
     }
 }
@@ -166,16 +167,13 @@ impl Vnni {
     }
 
     #[inline(always)]
-    fn dots(self, query: &[i8], rows: &[i8], out: &mut [f32]) {
-        let dim = query.len();
-        let mut codes = [0; MAX_DIM];
-        codes[..dim].copy_from_slice(query);
-        let start = -OFFSET * query.iter().map(|&code| i32::from(code)).sum::<i32>();
+    fn dots(self, query: &[i8; MAX_DIM], dim: usize, rows: &[i8], out: &mut [f32]) {
+        let start = -OFFSET * query[..dim].iter().map(|&code| i32::from(code)).sum::<i32>();
         let rows = &rows[..out.len() * dim];
         for (i, out) in out.chunks_mut(16).enumerate() {
             let mut sums = [0.0; 16];
             // SAFETY: the CPU has the features by the token; there are as many rows of `dim` codes as places in `out`.
-            unsafe { Self::sixteen(&codes, start, dim, &rows[16 * i * dim..], out.len(), &mut sums) };
+            unsafe { Self::sixteen(query, start, dim, &rows[16 * i * dim..], out.len(), &mut sums) };
             out.copy_from_slice(&sums[..out.len()]);
         }
     }
@@ -259,8 +257,9 @@ mod tests {
                 }
             }
             for count in [0, 1, 15, 16, 17, WIDTH] {
-                let mut out = vec![f32::NAN; count];
-                int8.dots(&queries[1], &rows.concat(), &mut out);
+                let (mut out, mut query) = (vec![f32::NAN; count], [0; MAX_DIM]);
+                query[..dim].copy_from_slice(&queries[1]);
+                int8.dots(&query, dim, &rows.concat(), &mut out);
                 let expected: Vec<f32> = rows[..count].iter().map(|row| dot(&queries[1], row) as f32).collect();
                 assert_eq!(out, expected, "{count} rows, dim {dim}");
             }

@@ -23,6 +23,7 @@ const PLAIN: core::ops::RangeInclusive<f32> = 1e-15..=1e15;
 pub(super) struct Buffer {
     /// Zero behind the width, up to whole vectors of any instruction set.
     values: [f32; MAX_DIM],
+    /// Zero behind the width.
     codes: [i8; MAX_DIM],
 }
 
@@ -286,18 +287,21 @@ pub(super) fn score_rows(
     query: &[f32],
     out: &mut [f32],
 ) -> Bounds {
-    int8.dots(Buffer::new().quantize(token, query).1, codes, out);
+    let mut buffer = Buffer::new();
+    buffer.quantize(token, query);
+    int8.dots(&buffer.codes, query.len(), codes, out);
     if scales.is_empty() {
         return Bounds::of_scale(1.0);
     }
-    // The greatest magnitude, and the sum of all, which NaN goes through.
-    let (mut max, mut sum) = (0.0_f32, 0.0);
-    for (out, &scale) in out.iter_mut().zip(scales) {
-        *out *= scale;
-        max = if scale.abs() > max { scale.abs() } else { max };
-        sum += 0.0 * scale;
-    }
-    Bounds::of_scale(if sum == 0.0 { max } else { f32::NAN })
+    dispatch!(token, _s => {
+        let mut max = 0;
+        for (out, &scale) in out.iter_mut().zip(scales) {
+            *out *= scale;
+            // The bits of magnitudes are in their order, and those of NaN above all.
+            max = scale.abs().to_bits().max(max);
+        }
+        Bounds::of_scale(f32::from_bits(max))
+    })
 }
 
 #[cfg(test)]

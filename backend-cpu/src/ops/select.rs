@@ -355,7 +355,8 @@ impl Cpu {
         let left = keys.rows() - first;
         #[allow(clippy::cast_possible_truncation, reason = "a row of a table: ids have 32 bits")]
         let row = |n: usize| (n < left).then_some((first + n) as u32);
-        let mut dot = Dot { table: keys, row, vector, out, far: true };
+        // One after the other: the processor sees what comes next.
+        let mut dot = Dot { table: keys, row, vector, out, far: false };
         dispatch!(self.token, s => columns(s, vector.len(), &mut dot));
     }
 
