@@ -14,6 +14,7 @@
 //! allocates. Unsafe code lives in `isa`, and in one block of `pool`.
 #![deny(unsafe_code)]
 
+pub mod file;
 #[allow(unsafe_code, reason = "vector intrinsics")]
 mod isa;
 mod limit;
@@ -28,6 +29,7 @@ use core::fmt;
 use core::num::NonZeroUsize;
 use std::ffi::OsStr;
 
+pub use file::{CachedRows, FileError, FileRows, MappedFile};
 pub use isa::{Isa, UnknownIsa};
 use memlayer_core::Host;
 pub use memory::TableMemory;

@@ -1,5 +1,5 @@
 //! After the first step a training step allocates nothing, on no thread.
-#![allow(clippy::unwrap_used, unsafe_code, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, unsafe_code, reason = "tests")]
 
 use core::alloc::{GlobalAlloc, Layout};
 use core::sync::atomic::{AtomicUsize, Ordering};
@@ -10,7 +10,7 @@ use memlayer_core::ops::RowRule;
 use memlayer_core::ops::optim::{Adam, RowUpdate, Step};
 use memlayer_core::ops::plan::{PlanBuffers, RowGradient, RowReduce};
 use memlayer_core::{Config, DenseRows, Scratch, ScratchReq, TrainRows, layer};
-use memlayer_cpu::{Cpu, Isa};
+use memlayer_cpu::{CachedRows, Cpu, FileRows, Isa};
 
 struct Counting;
 
@@ -147,4 +147,27 @@ fn a_second_step_allocates_nothing() {
             assert_eq!(COUNT.load(Ordering::Relaxed), before, "{}", cpu.name());
         }
     }
+    // Here and not in a test of its own: tests run at once, and allocations are counted for all.
+    loads_allocate_nothing();
+}
+
+/// A cache of rows of a file has all its memory from the start.
+fn loads_allocate_nothing() {
+    let path = std::env::temp_dir().join(format!("memlayer-loads-{}", std::process::id()));
+    std::fs::write(&path, vec![1; 4 * 1000]).unwrap();
+    let layout = FileRows { codes: 0, scales: None, rows: 1000, dim: 4, group: 4 };
+    let cpu = Cpu::builder().threads(2).build().unwrap();
+    let mut cache = CachedRows::<i8>::new(std::fs::File::open(&path).unwrap(), layout, 4 * 100).unwrap();
+    let mut places = [0; 60];
+    let mut load = |first: u32| {
+        let ids = core::array::from_fn::<u32, 60, _>(|i| (first * 37 + 13 * i as u32) % 1000);
+        cache.load(&cpu, &ids, &mut places).unwrap();
+    };
+    load(0);
+    std::thread::sleep(core::time::Duration::from_millis(20));
+    let before = COUNT.load(Ordering::Relaxed);
+    (1..2000).for_each(&mut load);
+    assert_eq!(COUNT.load(Ordering::Relaxed), before, "loads");
+    assert!(cache.rows_read() > 100_000);
+    std::fs::remove_file(&path).unwrap();
 }

@@ -24,6 +24,9 @@ pub(crate) enum BenchError {
     /// The backend could not be made.
     #[error(transparent)]
     Cpu(#[from] memlayer_cpu::CpuError),
+    /// Rows of a file could not be read.
+    #[error(transparent)]
+    File(#[from] memlayer_cpu::FileError),
     /// An operation refused its arguments.
     #[error(transparent)]
     Args(#[from] memlayer_core::ArgError),

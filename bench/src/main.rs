@@ -3,6 +3,7 @@
 //! Every row compares medians of interleaved pairs measured in one run on one machine. Speed decides no test.
 
 mod cpu;
+mod disk;
 mod error;
 mod peer;
 mod plot;
@@ -13,6 +14,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+
+use crate::error::BenchError;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -28,6 +31,11 @@ struct Cli {
 enum Command {
     /// The CPU backend, the limits of this machine, and PyTorch and FBGEMM where Python has them.
     Cpu(Options),
+    /// A table in a file, larger than the memory that a process may take.
+    Disk(disk::Options),
+    /// One way to hold a table, for `disk`.
+    #[command(hide = true)]
+    Serve(disk::Serve),
 }
 
 #[derive(Debug, Args)]
@@ -59,11 +67,19 @@ struct Options {
 }
 
 fn main() -> ExitCode {
-    let Command::Cpu(options) = Cli::parse().command;
-    match cpu::run(&options) {
+    let result = match Cli::parse().command {
+        Command::Cpu(options) => cpu::run(&options),
+        Command::Disk(options) => disk::run(&options),
+        Command::Serve(serve) => disk::serve(&serve),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            eprint!("error: {error}");
+            if let (BenchError::File(_), Some(source)) = (&error, core::error::Error::source(&error)) {
+                eprint!(": {source}");
+            }
+            eprintln!();
             ExitCode::from(2)
         }
     }

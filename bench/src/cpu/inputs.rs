@@ -88,10 +88,21 @@ fn fill(format: &str, codes: &mut [u8]) {
 }
 
 /// Numbers from -1 to 1.
-pub(super) fn reals(n: usize, seed: u64) -> Vec<f32> {
+pub(crate) fn reals(n: usize, seed: u64) -> Vec<f32> {
     let mut random = Random::new(seed);
     #[allow(clippy::cast_possible_truncation, reason = "rounded")]
     (0..n).map(|_| (2.0 * random.uniform() - 1.0) as f32).collect()
+}
+
+/// One of `slots`, uniformly or by Zipf's law (exponent 1) with its ranks scattered.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "below the slots, whose ids have 32 bits")]
+pub(crate) fn slot(random: &mut Random, slots: usize, zipf: bool) -> u32 {
+    if !zipf {
+        return random.below(slots) as u32;
+    }
+    // By inversion.
+    let rank = (random.uniform() * (slots as f64).ln()).exp() as usize - 1;
+    (rank.wrapping_mul(0x9e37_79b1) % slots) as u32
 }
 
 /// Sets of ids `[T, L]`, taken in turn.
@@ -106,16 +117,7 @@ impl Turns {
         let n = case.t * case.bag();
         let count = ROTATE_BYTES.div_ceil(n * case.row_bytes).clamp(1, ROTATE_SETS);
         let mut random = Random::new(n as u64);
-        #[allow(clippy::cast_possible_truncation, reason = "below the slots")]
-        let mut id = || {
-            if case.zipf {
-                // Zipf's law by inversion, its ranks scattered over the slots.
-                let rank = (random.uniform() * (case.slots as f64).ln()).exp() as usize - 1;
-                (rank.wrapping_mul(0x9e37_79b1) % case.slots) as u32
-            } else {
-                random.below(case.slots) as u32
-            }
-        };
+        let mut id = || slot(&mut random, case.slots, case.zipf);
         Self { sets: (0..count).map(|_| (0..n).map(|_| id()).collect()).collect(), turn: 0 }
     }
 

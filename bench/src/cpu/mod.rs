@@ -18,6 +18,7 @@ use crate::plot;
 use crate::report::{HEADING, Report, Row, line};
 use crate::time::{self, Pair};
 use inputs::{Tables, row_bytes};
+pub(crate) use inputs::{reals, slot};
 
 /// What is measured.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -258,7 +259,7 @@ fn measure(
 }
 
 /// The processor's name and cores.
-fn processor() -> String {
+pub(crate) fn processor() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     let cores = std::thread::available_parallelism().map_or(1, core::num::NonZero::get);
