@@ -11,7 +11,7 @@
 //! ```
 //!
 //! There is no global state: the workers belong to the value and end with it. After the first calls no operation
-//! allocates. Unsafe code lives in `isa`, and in one block of `pool`.
+//! allocates. Unsafe code lives in `isa`, in one block of `pool` and in one of `file`.
 #![deny(unsafe_code)]
 
 pub mod file;
