@@ -22,6 +22,9 @@ use crate::error::BenchError;
 /// L: H = 4, K = 32.
 const BAG: usize = 128;
 
+/// Reads of a cache that are under way at once.
+const READERS: usize = 16;
+
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     /// Size of the table.
@@ -97,7 +100,7 @@ pub(crate) fn run(options: &Options) -> Result<(), BenchError> {
     };
     let _ = writeln!(
         text,
-        "A table of {:.1} GiB; *held* processes are in {held}; H = 4, K = 32. Tokens a second:\n",
+        "A table of {:.1} GiB; *held* processes are in {held}; H = 4, K = 32; a cache has {READERS} readers. Tokens a second:\n",
         options.gib
     );
     let heading = "| rows | held | way | uniform, T = 1 | uniform, T = 64 | Zipf, T = 1 | Zipf, T = 64 | same bits |";
@@ -271,9 +274,11 @@ fn serve_as<E: Element>(serve: &Serve) -> Result<Vec<Figure>, BenchError> {
             let layout = FileRows { codes: scales_len as u64, scales, rows: *rows, dim: v, group: v };
             let mut cache = CachedRows::<E>::new(File::open(file).map_err(io)?, layout, budget)?;
             let mut places = vec![0; 64 * BAG];
+            // They wait, so they may be more than there are cores.
+            let readers = Cpu::builder().threads(READERS).build()?;
             measure(serve, |ids, weights, out| {
                 let places = &mut places[..ids.len()];
-                let view = cache.load(&cpu, ids, places)?;
+                let view = cache.load(&readers, ids, places)?;
                 sum(&cpu, &view, places, weights, out)
             })
         }

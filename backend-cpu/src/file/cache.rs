@@ -134,20 +134,23 @@ impl<E: Element> CachedRows<E> {
         self.read
     }
 
-    /// Brings the rows `ids` into memory, overwrites `places` with the places they have there, and lends the rows by
+    /// Brings the rows `ids` into memory by the threads of `readers`, overwrites `places` with the places they have there, and lends the rows by
     /// their places: an operation over the view takes `places` for its ids.
+    ///
+    /// Reading threads wait more than they work. A drive that serves many reads at once wants a backend value with more
+    /// threads than there are cores, made for this alone.
     ///
     /// # Errors
     /// [`FileError::Row`]; [`FileError::Full`] if the cache does not hold all different rows of the call;
     /// [`FileError::Size`] if `places` are not as many as `ids`; [`FileError::Io`]. After an error the cache is as good
     /// as before, without the rows that were to be read.
-    pub fn load(&mut self, cpu: &Cpu, ids: &[RowId], places: &mut [u32]) -> Result<CachedView<'_, E>, FileError> {
+    pub fn load(&mut self, readers: &Cpu, ids: &[RowId], places: &mut [u32]) -> Result<CachedView<'_, E>, FileError> {
         if places.len() != ids.len() {
             return Err(FileError::Size { field: "places", found: places.len() as u64 });
         }
         self.call += 1;
         self.wanted.clear();
-        let found = self.find(ids, places).and_then(|()| self.fill(cpu));
+        let found = self.find(ids, places).and_then(|()| self.fill(readers));
         if let Err(error) = found {
             for &place in &self.wanted {
                 if let Some(row) = self.held[place as usize].row.take() {
@@ -220,7 +223,7 @@ impl<E: Element> CachedRows<E> {
     }
 
     /// Reads what is `wanted`.
-    fn fill(&mut self, cpu: &Cpu) -> Result<(), FileError> {
+    fn fill(&mut self, readers: &Cpu) -> Result<(), FileError> {
         let error = Mutex::new(None);
         let (file, layout, held) = (&self.file, &self.layout, &self.held);
         let (width, groups) = (self.width, self.groups);
@@ -228,7 +231,7 @@ impl<E: Element> CachedRows<E> {
         let mut scales = Cut { rest: &mut self.scales[..], width: groups, at: 0 };
         let items =
             self.wanted.iter().map(|&place| (held[place as usize].row, codes.piece(place), scales.piece(place)));
-        cpu.pool.for_each(self.wanted.len() * READ_NANOS, items, |(row, codes, scales)| {
+        readers.pool.for_each(self.wanted.len() * READ_NANOS, items, |(row, codes, scales)| {
             let mut read = || {
                 let Some(row) = row else { return Ok(()) };
                 read_row(file, layout.codes, row, bytemuck::cast_slice_mut(codes))?;
