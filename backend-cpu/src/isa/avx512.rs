@@ -103,21 +103,6 @@ impl Simd for Avx512 {
         have!(self, _mm512_reduce_add_ps(v))
     }
     #[inline(always)]
-    fn sum4(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
-        let sums = have!(self, {
-            // Halves upon each other, of two and then of four at once, until each has a quarter of a vector.
-            let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
-            let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xee>(c, d));
-            let four = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd));
-            let two = _mm512_add_ps(four, _mm512_permute_ps::<0x4e>(four));
-            let one = _mm512_add_ps(two, _mm512_permute_ps::<0xb1>(two));
-            _mm512_maskz_compress_ps(0x1111, one)
-        });
-        let mut lanes = [0.0; 16];
-        self.store(sums, &mut lanes);
-        [lanes[0], lanes[1], lanes[2], lanes[3]]
-    }
-    #[inline(always)]
     fn ge_bits(self, a: __m512, b: __m512) -> u32 {
         u32::from(have!(self, _mm512_cmp_ps_mask::<_CMP_GE_OQ>(a, b)))
     }

@@ -172,12 +172,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The sum of all lanes.
     fn sum(self, v: Self::V) -> f32;
-    /// The sums of all lanes of each, with the bits of [`Simd::sum`].
-    #[inline(always)]
-    fn sum4(self, v: [Self::V; 4]) -> [f32; 4] {
-        let [a, b, c, d] = v;
-        [self.sum(a), self.sum(b), self.sum(c), self.sum(d)]
-    }
     /// One bit a lane: `a >= b`.
     fn ge_bits(self, a: Self::V, b: Self::V) -> u32;
     /// One bit a lane: not `a < b`, so true where one is NaN.

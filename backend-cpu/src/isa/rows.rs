@@ -168,15 +168,9 @@ fn add_groups<S: Simd, E: Element, const NV: usize>(
     );
 }
 
-/// The dot of a block of a row with the vector `x`, before its lanes are summed, and multiplied by the scale of the row
-/// if it has one for all values.
+/// The dot of a block of a row with the vector `x`.
 #[inline(always)]
-pub(crate) fn dot_lanes<S: Simd, E: Element, const NV: usize>(
-    s: S,
-    x: &[S::V; NV],
-    row: &Row<'_, E>,
-    col: usize,
-) -> S::V {
+pub(crate) fn dot_row<S: Simd, E: Element, const NV: usize>(s: S, x: &[S::V; NV], row: &Row<'_, E>, col: usize) -> f32 {
     let mut sums = [s.splat(0.0); 2];
     if row.scales.len() > 1 {
         for (i, &x) in x.iter().enumerate() {
@@ -194,7 +188,11 @@ pub(crate) fn dot_lanes<S: Simd, E: Element, const NV: usize>(
             sums[i % 2] = s.mul_add(x, s.widen(codes, col + i * S::LANES), sums[i % 2]);
         }
     }
-    if NV == 1 { sums[0] } else { s.add(sums[0], sums[1]) }
+    let sum = if NV == 1 { s.sum(sums[0]) } else { s.sum(s.add(sums[0], sums[1])) };
+    match row.scales {
+        [scale] => scale * sum,
+        _ => sum,
+    }
 }
 
 /// The sum of the products of two slices of one length.

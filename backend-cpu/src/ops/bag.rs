@@ -6,7 +6,7 @@ use memlayer_core::ops::bag::{BagDot, BagSum, EmbeddingBag};
 use memlayer_core::{ArgError, Element, RowStore};
 
 use crate::Cpu;
-use crate::isa::rows::{Columns, add_row, columns, dot_lanes};
+use crate::isa::rows::{Columns, add_row, columns, dot_row};
 use crate::isa::{Simd, dispatch};
 use crate::ops::piece;
 
@@ -159,26 +159,13 @@ impl<T: RowStore, R: Fn(usize) -> Option<u32>> Columns for Dot<'_, T, R> {
         for (i, x) in x.iter_mut().enumerate() {
             *x = s.load(&vector[i * S::LANES..]);
         }
-        // Four rows at a time, for their lanes are summed together. The last rows are taken more than once.
-        let last = bag.saturating_sub(1);
-        for (i, out) in self.out.chunks_mut(4).enumerate() {
-            let (mut lanes, mut scales) = ([s.splat(0.0); 4], [1.0; 4]);
-            for (j, (lanes, scale)) in lanes.iter_mut().zip(&mut scales).enumerate() {
-                let l = (4 * i + j).min(last);
-                if self.far {
-                    ask(s, self.table, &self.row, (l, bag), (col, width));
-                }
-                let Some(id) = (self.row)(l) else { return };
-                let row = self.table.row(id);
-                *lanes = dot_lanes(s, &x, &row, col);
-                if let [one] = row.scales {
-                    *scale = *one;
-                }
+        for (l, out) in self.out.iter_mut().enumerate() {
+            if self.far {
+                ask(s, self.table, &self.row, (l, bag), (col, width));
             }
-            for ((out, sum), scale) in out.iter_mut().zip(s.sum4(lanes)).zip(scales) {
-                let dot = scale * sum;
-                *out = if col == 0 { dot } else { *out + dot };
-            }
+            let Some(id) = (self.row)(l) else { return };
+            let dot = dot_row(s, &x, &self.table.row(id), col);
+            *out = if col == 0 { dot } else { *out + dot };
         }
     }
 }
