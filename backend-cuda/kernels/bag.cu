@@ -162,6 +162,147 @@ __device__ __forceinline__ void dot_rows(
 #define DOT_BOUNDS 128, 4
 #endif
 
+#if ELEM == I4 || ELEM == I4X64
+// Rows of 4-bit integers: `codes` is ceil(dim / GROUP) groups of GROUP_BYTES, wherever they begin. A lane reads two bytes
+// of a group, which are values p, p + 1, p + GROUP / 2 and p + GROUP / 2 + 1 of it, and owns those columns.
+#define GROUP (ELEM == I4 ? 32u : 64u)
+#define GROUP_BYTES (2u + GROUP / 2u)
+#define GROUP_LANES (GROUP / 4u)
+
+__device__ __forceinline__ u32 load_pair(const u8* p, u32 even) {
+    return even ? (u32)__ldg((const u16*)p) : (u32)__ldg(p) | (u32)__ldg(p + 1) << 8;
+}
+
+// The four values of a lane: exact, for a scale has 11 bits and an integer 4.
+__device__ __forceinline__ void decode_pair(u32 pair, u32 scale, float (&x)[4]) {
+    const float s = half_to_float(scale);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const u32 nibble = (pair >> (8 * (i % 2) + 4 * (i / 2))) & 15u;
+        x[i] = s * (__uint_as_float(nibble | 0x4b000000u) - 8388616.0f);
+    }
+}
+
+// Where a lane is in a row: its codes and its group's scale, and its first column.
+struct Place {
+    u32 scale, codes, column;
+};
+__device__ __forceinline__ Place place_of(u32 pair) {
+    const u32 group = pair / GROUP_LANES, p = pair % GROUP_LANES * 2;
+    return {group * GROUP_BYTES, group * GROUP_BYTES + 2 + p, group * GROUP + p};
+}
+__device__ __forceinline__ u32 column_of(const Place& place, int i) {
+    return place.column + i % 2 + (i / 2) * (GROUP / 2);
+}
+
+#define FLIGHT 8
+
+extern "C" __global__ void __launch_bounds__(128)
+    bag_sum_packed(const u8* table, const float*, u64 rows, u32 dim, u32, const u32* ids, const float* weights, float* out,
+                   u32 bag, u32 tokens, u32 accumulate, u32 team, u32 even, u32* flag, u32 op) {
+    const u32 pairs = (dim + GROUP - 1) / GROUP * GROUP_LANES, slices = (pairs + team - 1) / team;
+    const u64 task = ((u64)blockIdx.x * blockDim.x + threadIdx.x) / team, token = task / slices;
+    const u32 lane = threadIdx.x % team, pair = (u32)(task % slices) * team + lane;
+    const bool real = token < tokens, mine = real && pair < pairs;
+    const Place place = place_of(mine ? pair : 0);
+    const u64 stride = (u64)(pairs / GROUP_LANES) * GROUP_BYTES;
+    const u32 last = (u32)(rows - 1);
+    ids += real ? token * bag : 0;
+    weights += real ? token * bag : 0;
+    u32 greatest = 0;
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (u32 base = 0; base < bag; base += team) {
+        const u32 wanted = base + lane < bag ? __ldg(ids + base + lane) : 0u;
+        const float weight = base + lane < bag ? __ldg(weights + base + lane) : 0.0f;
+        greatest = max(greatest, wanted);
+        const u32 id = min(wanted, last), count = min(team, bag - base);
+        for (u32 l = 0; l < count; l += FLIGHT) {
+            u32 codes[FLIGHT], scale[FLIGHT];
+            // Behind the bag's end the last row is read again, and not added.
+#pragma unroll
+            for (int r = 0; r < FLIGHT; r++) {
+                const u8* row = table + __shfl_sync(FULL, id, min(l + r, count - 1), team) * stride;
+                scale[r] = load_pair(row + place.scale, even);
+                codes[r] = load_pair(row + place.codes, even);
+            }
+#pragma unroll
+            for (int r = 0; r < FLIGHT; r++) {
+                const float w = __shfl_sync(FULL, weight, min(l + r, count - 1), team);
+                float x[4];
+                decode_pair(codes[r], scale[r], x);
+                if (l + r < count) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) sum[i] += w * x[i];
+                }
+            }
+        }
+    }
+    if (real && greatest > last) raise_flag(flag, op, greatest, rows);
+    if (!mine) return;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const u32 column = column_of(place, i);
+        float* to = out + token * dim + column;
+        if (column < dim) *to = accumulate ? *to + sum[i] : sum[i];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    bag_dot_packed(const u8* table, const float*, u64 rows, u32 dim, u32, const u32* ids, const float* vectors, float* out,
+                   u32 bag, u32 tokens, u32 team, u32 even, u32* flag, u32 op) {
+    const u32 pairs = (dim + GROUP - 1) / GROUP * GROUP_LANES, tasks = (bag + ROWS - 1) / ROWS;
+    const u64 task = ((u64)blockIdx.x * blockDim.x + threadIdx.x) / team;
+    const u32 lane = threadIdx.x % team;
+    // Teams behind the last stay for the shuffles, and write nothing.
+    const bool real = task < (u64)tokens * tasks;
+    const u64 token = real ? task / tasks : tokens - 1;
+    const u32 first = (real ? (u32)(task % tasks) : tasks - 1) * ROWS;
+    const u64 stride = (u64)(pairs / GROUP_LANES) * GROUP_BYTES;
+    const u32 last = (u32)(rows - 1);
+    const u32 wanted = lane < ROWS && first + lane < bag ? __ldg(ids + token * bag + first + lane) : 0u;
+    if (wanted > last) raise_flag(flag, op, wanted, rows);
+    const u32 id = min(wanted, last);
+    float dot[ROWS];
+    u32 row[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        row[r] = __shfl_sync(FULL, id, r, team);
+        dot[r] = 0.0f;
+    }
+    for (u32 pair = lane; pair < pairs; pair += team) {
+        const Place place = place_of(pair);
+        float v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const u32 column = column_of(place, i);
+            v[i] = column < dim ? __ldg(vectors + token * dim + column) : 0.0f;
+        }
+        u32 codes[ROWS], scale[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            const u8* at = table + row[r] * stride;
+            scale[r] = load_pair(at + place.scale, even);
+            codes[r] = load_pair(at + place.codes, even);
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            float x[4];
+            decode_pair(codes[r], scale[r], x);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                // What pads a last group out may be any code, with any scale.
+                if (column_of(place, i) < dim) dot[r] = fmaf(v[i], x[i], dot[r]);
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        float sum = dot[r];
+        for (u32 offset = team / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(FULL, sum, offset);
+        if (real && lane == 0 && first + r < bag) out[token * bag + first + r] = sum;
+    }
+}
+#else
 #define BAG(NV, UNROLL)                                                                                               \
     extern "C" __global__ void __launch_bounds__(SUM_BOUNDS(NV)) bag_sum_##NV(                                               \
         const u8* table, const float* scales, u64 rows, u32 dim, u32 group, const u32* ids, const float* weights,     \
@@ -192,3 +333,4 @@ extern "C" __global__ void __launch_bounds__(128, 1)
     sum_rows<4 / SIZE, 32>(table, scales, rows, dim, group, ids, weights, out, bag, tokens, accumulate, team, aligned, flag,
                            op);
 }
+#endif

@@ -18,6 +18,9 @@ typedef unsigned long long u64;
 #define I8 3
 #define E4M3 4
 #define E5M2 5
+// 4-bit integers in groups of 32 or 64 values, each group with its scale in front: two bytes of binary16, then the codes.
+#define I4 6
+#define I4X64 7
 #ifndef ELEM
 #define ELEM F32
 #endif

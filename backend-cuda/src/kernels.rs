@@ -68,19 +68,31 @@ impl Variant {
 
 /// The number of a format in `common.cuh`, if rows of it can be read: its codes must be what the kernels take them for.
 pub(crate) fn format<E: Element>(op: &'static str) -> Result<u32, CudaError> {
-    let (number, size) = match E::FORMAT {
-        Format::F32 => (0, 4),
-        Format::F16 => (1, 2),
-        Format::Bf16 => (2, 2),
-        Format::Int8 => (3, 1),
-        Format::E4m3 => (4, 1),
-        Format::E5m2 => (5, 1),
+    // Bytes of a code, and codes of 64 values.
+    let (number, size, codes) = match E::FORMAT {
+        Format::F32 => (0, 4, 64),
+        Format::F16 => (1, 2, 64),
+        Format::Bf16 => (2, 2, 64),
+        Format::Int8 => (3, 1, 64),
+        Format::E4m3 => (4, 1, 64),
+        Format::E5m2 => (5, 1, 64),
+        Format::Int4 => (6, 1, 36),
+        Format::Int4x64 => (7, 1, 34),
         _ => return Err(CudaError::Unsupported { op, what: "the format of the rows" }),
     };
-    if size_of::<E>() != size || E::codes(16) != 16 {
+    if size_of::<E>() != size || E::codes(64) != codes {
         return Err(CudaError::Unsupported { op, what: "the layout of the rows" });
     }
     Ok(number)
+}
+
+/// The values of a group of a format that keeps a scale among its codes.
+pub(crate) const fn packed_group(format: Format) -> Option<usize> {
+    match format {
+        Format::Int4 => Some(32),
+        Format::Int4x64 => Some(64),
+        _ => None,
+    }
 }
 
 /// The kernels of a device, compiled when they are first asked for.

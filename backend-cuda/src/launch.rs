@@ -247,7 +247,15 @@ const fn size_of_val_len<T>(len: usize) -> usize {
     len * size_of::<T>()
 }
 
+/// Where the program is linked against the libraries it would not have started without them.
+#[cfg(feature = "linked")]
+#[allow(clippy::unnecessary_wraps, reason = "the other form of this can fail")]
+const fn check_libraries() -> Result<(), CudaError> {
+    Ok(())
+}
+
 /// Fails unless the libraries are there: cudarc ends the program if it cannot load one.
+#[cfg(not(feature = "linked"))]
 fn check_libraries() -> Result<(), CudaError> {
     // SAFETY: the libraries are NVIDIA's; loading them runs their initializers, which is what they are for.
     unsafe {

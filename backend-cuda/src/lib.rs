@@ -35,7 +35,8 @@ use core::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-pub use cudarc::driver::CudaStream;
+pub use cudarc::driver::{CudaSlice, CudaStream};
+use cudarc::driver::{DevicePtr, DevicePtrMut};
 pub use error::CudaError;
 use memlayer_core::error::check_len;
 use memlayer_core::{ArgError, Device, Item};
@@ -194,6 +195,34 @@ impl Cuda {
     pub fn read<T: Item>(&self, from: View<'_, T>, to: &mut [T]) -> Result<(), CudaError> {
         check_len("read", "to", from.len(), to.len())?;
         self.stream.download(from, to)
+    }
+
+    /// Memory that cudarc allocated, such as another framework's tensors, as a view. Nothing is copied.
+    ///
+    /// # Errors
+    /// [`CudaError::Unsupported`] if it belongs to another stream, whose work would not be in order with this one's.
+    pub fn borrow<'a, T: Item>(&self, memory: &'a CudaSlice<T>) -> Result<View<'a, T>, CudaError> {
+        self.same_stream(memory.stream())?;
+        let (pointer, _) = memory.device_ptr(self.stream());
+        Ok(View::at(pointer, memory.len()))
+    }
+
+    /// Memory that cudarc allocated, to be written.
+    ///
+    /// # Errors
+    /// As [`Cuda::borrow`].
+    pub fn borrow_mut<'a, T: Item>(&self, memory: &'a mut CudaSlice<T>) -> Result<ViewMut<'a, T>, CudaError> {
+        self.same_stream(memory.stream())?;
+        let len = memory.len();
+        let (pointer, _) = memory.device_ptr_mut(self.stream());
+        Ok(ViewMut::at(pointer, len))
+    }
+
+    fn same_stream(&self, other: &Arc<CudaStream>) -> Result<(), CudaError> {
+        if other.cu_stream() == self.stream().cu_stream() {
+            return Ok(());
+        }
+        Err(CudaError::Unsupported { op: "borrow", what: "memory of another stream" })
     }
 
     /// A point in the work behind what was started so far, to measure time from.

@@ -185,7 +185,7 @@ impl<'a, E: Element> Rows<'a, E> {
 impl<E: Element> Table for Rows<'_, E> {
     type Elem = E;
     fn rows(&self) -> usize {
-        self.codes.len() / self.dim
+        self.codes.len() / E::codes(self.dim)
     }
     fn dim(&self) -> usize {
         self.dim

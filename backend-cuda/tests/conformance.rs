@@ -5,12 +5,12 @@
 
 use std::path::Path;
 
-use memlayer_core::ops::bag::BagSum;
+use memlayer_core::ops::bag::{BagDot, BagSum};
 use memlayer_core::ops::optim::{Rounding, RowRule, RowUpdate, RowwiseAdagrad, Sgd, Step};
 use memlayer_core::ops::plan::{PlanBuffers, RowGradient};
 use memlayer_core::ops::select::{Select, SelectDims};
 use memlayer_core::ops::{EmbeddingBag, RowReduce, SelectRows};
-use memlayer_core::{ArgError, Bf16, Device, Reference, Trainable};
+use memlayer_core::{ArgError, Bf16, DenseRows, Device, F16, Int4, Reference, Trainable};
 use memlayer_cuda::{Buffer, Cuda, CudaError, Rows, Scores, TrainRows};
 use memlayer_tests::conformance::{assert_same_bits, skipped};
 use memlayer_tests::device::{Memory, TestDevice};
@@ -148,6 +148,63 @@ fn on_reference<O: RowRule>(rule: &O, step: &Step, case: &Case, table: &[Bf16], 
     let mut scratch = Memory::new(&reference, memlayer_core::ScratchReq::new(2 * case.dim, 0));
     reference.reduce_and_update(rows, rule, step, plan.plan(), gradient, scratch.lend()).expect("an update");
     table
+}
+
+/// Sums and dots of rows of 4-bit integers, `skip` bytes into a buffer, beside the reference's.
+fn packed_rows<const G: usize>(cuda: &Cuda, dim: usize, skip: usize, seed: u64) {
+    const ROWS: usize = 50;
+    const TOKENS: usize = 9;
+    const BAG: usize = 21;
+    let mut random = Random::new(seed);
+    let mut codes: Vec<Int4<G>> = vec![Int4(0); skip];
+    for _ in 0..ROWS * dim.div_ceil(G) {
+        let [low, high] = F16::from_f32(0.01 + random.reals::<f32>(1)[0].abs()).to_bits().to_le_bytes();
+        codes.extend([Int4(low), Int4(high)]);
+        codes.extend(random.ids(G / 2, 256).into_iter().map(|byte| Int4(u8::try_from(byte).expect("a byte"))));
+    }
+    let (ids, weights) = (random.ids(TOKENS * BAG, ROWS), random.reals::<f32>(TOKENS * BAG));
+    let vectors = random.reals::<f32>(TOKENS * dim);
+    let reference = Reference::<f32>::new();
+    let rows = DenseRows::new(&codes[skip..], dim);
+    let (mut sums, mut dots) = (vec![0f32; TOKENS * dim], vec![0f32; TOKENS * BAG]);
+    let sum = BagSum { bag: BAG, ids: &ids[..], weights: &weights[..], out: &mut sums[..], accumulate: false };
+    reference.bag_sum(&rows, sum).expect("sums");
+    let dot = BagDot { bag: BAG, ids: &ids[..], vectors: &vectors[..], out: &mut dots[..] };
+    reference.bag_dot(&rows, dot).expect("dots");
+
+    let table = cuda.upload(&codes).expect("codes");
+    let rows = Rows::new(table.view().slice(skip..codes.len()), dim);
+    let (there, factors) = (cuda.upload(&ids).expect("ids"), cuda.upload(&weights).expect("weights"));
+    let mut found = cuda.zeros::<f32>(TOKENS * dim).expect("sums");
+    for accumulate in [false, true] {
+        let out = found.view_mut();
+        let sum = BagSum { bag: BAG, ids: there.view(), weights: factors.view(), out, accumulate };
+        cuda.bag_sum(&rows, sum).expect("sums");
+        assert_same_bits(&sums, &TestDevice::download(cuda, &found), "sums");
+        sums.iter_mut().for_each(|sum| *sum += *sum);
+    }
+    let directions = cuda.upload(&vectors).expect("vectors");
+    let mut found = cuda.zeros::<f32>(TOKENS * BAG).expect("dots");
+    let dot = BagDot { bag: BAG, ids: there.view(), vectors: directions.view(), out: found.view_mut() };
+    cuda.bag_dot(&rows, dot).expect("dots");
+    let found = TestDevice::download(cuda, &found);
+    for (at, (expected, found)) in dots.iter().zip(&found).enumerate() {
+        // Both are sums of dim products of at most 9.
+        let bound = 2.0 * dim as f32 * f32::EPSILON * 9.0 * dim as f32;
+        assert!((expected - found).abs() <= bound, "dot {at} of rows of {dim}: {expected}, not {found}");
+    }
+    cuda.synchronize().expect("all of it");
+}
+
+#[test]
+fn rows_of_four_bits_are_the_references() {
+    let Some(cuda) = cuda() else { return skipped("cuda") };
+    for (seed, dim) in [(1, 64), (2, 100), (3, 17), (4, 256), (5, 1024), (6, 1)] {
+        for skip in [0, 1, 2] {
+            packed_rows::<32>(&cuda, dim, skip, seed);
+            packed_rows::<64>(&cuda, dim, skip, seed);
+        }
+    }
 }
 
 #[test]

@@ -64,6 +64,19 @@ pub enum Error {
         /// The row.
         row: usize,
     },
+    /// There is no backend for this device of candle's.
+    #[error("no memory layers on {0:?}: it is neither the CPU nor, with the feature `cuda`, an NVIDIA GPU")]
+    Device(candle_core::DeviceLocation),
+    /// PEER's two tables are on different devices.
+    #[error("the pools of a PEER layer are on different devices")]
+    Places,
+    /// The CPU backend cannot be made.
+    #[error(transparent)]
+    Cpu(#[from] memlayer_cpu::CpuError),
+    /// The GPU's.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] memlayer_cuda::CudaError),
     /// candle's own.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

@@ -31,16 +31,29 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! # On a GPU
+//!
+//! With the feature `cuda` a pool may be on an NVIDIA GPU: `ValuePool::new(Compute::for_device(&device)?, ..)`, and its layers
+//! take tensors of that device. Rows, kernels and candle's own work share one stream; tensors are read and written where they
+//! are. candle needs nvcc to be built so; on a machine without it `eval "$(candle/toolkit)"` fetches what is missing, and the
+//! program then runs wherever CUDA 13 is installed.
 
+mod backend;
+mod compute;
 mod error;
 mod layer;
+mod op;
 mod params;
 mod pool;
 
+pub use compute::Compute;
 pub use error::Error;
 pub use layer::{MemoryLayer, Reads};
 pub use memlayer_core::Config;
 pub use memlayer_core::ops::optim::{Adagrad, Adam, RowwiseAdagrad, RowwiseAdam, Sgd};
 pub use memlayer_cpu::Cpu;
+#[cfg(feature = "cuda")]
+pub use memlayer_cuda::Cuda;
 pub use params::LayerInit;
 pub use pool::{Rule, StepReport, ValuePool};

@@ -5,8 +5,9 @@
 
 use candle_nn::Init;
 use memlayer_core::layer::{Grads, Keys, Params, Projection, ProjectionGrads};
-use memlayer_core::{Config, DenseRows, Table};
-use memlayer_cpu::Cpu;
+use memlayer_core::{Config, Table};
+
+use crate::backend::Backend;
 
 /// How parameters start.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -93,17 +94,16 @@ struct Cut<T> {
 }
 
 /// The parameters in `flat`, with trained keys.
-pub(crate) fn trained<'a, V: Table>(
+pub(crate) fn trained<'a, B: Backend, V: Table>(
     config: &Config,
-    flat: &'a [f32],
+    flat: B::View<'a, f32>,
     values: &'a V,
     experts: Option<&'a V>,
-) -> Params<'a, Cpu, V, DenseRows<'a, f32>> {
-    let mut rest = flat;
+) -> Params<'a, B, V, V> {
+    let mut at = 0;
     let c = cut(config, |len| {
-        let (head, tail) = rest.split_at(len);
-        rest = tail;
-        head
+        at += len;
+        B::slice(flat, at - len..at)
     });
     let projection = |(weight, bias)| Projection { weight, bias: Some(bias) };
     Params {
@@ -119,14 +119,14 @@ pub(crate) fn trained<'a, V: Table>(
 }
 
 /// Asks for the gradients of all parameters, in `flat`.
-pub(crate) fn grads<'a>(config: &Config, flat: &'a mut [f32], grads: &mut Grads<'a, Cpu>) {
-    let mut rest = flat;
+pub(crate) fn grads<'a, B: Backend>(config: &Config, flat: B::ViewMut<'a, f32>, grads: &mut Grads<'a, B>) {
+    let mut rest = Some(flat);
     let c = cut(config, |len| {
-        let (head, tail) = core::mem::take(&mut rest).split_at_mut(len);
-        rest = tail;
+        let (head, tail) = B::split(rest.take().expect("each cut puts the rest back"), len);
+        rest = Some(tail);
         head
     });
-    let projection = |pair: Option<(&'a mut [f32], &'a mut [f32])>| match pair {
+    let projection = |pair: Option<(B::ViewMut<'a, f32>, B::ViewMut<'a, f32>)>| match pair {
         Some((weight, bias)) => ProjectionGrads { weight: Some(weight), bias: Some(bias) },
         None => ProjectionGrads::default(),
     };

@@ -115,12 +115,12 @@ fn rows_change_by_their_gradients_and_no_others() {
     let layer = layer(config, &values, &VarMap::new());
     let x = Tensor::from_vec(numbers(4 * 6, 5), (4, 6), &Device::Cpu).expect("a tensor");
     let g = Tensor::ones((4, 6), DType::F32, &Device::Cpu).expect("a tensor");
-    let before = values.read(|rows, _| rows.to_vec());
+    let before = values.read(|rows, _| rows.to_vec()).expect("rows");
     let first = loss(&layer, &x, &g);
     first.backward().expect("gradients");
     let norm = values.grad_square_sum().expect("a norm");
     let report = values.step(0.1, 0.5).expect("a step");
-    let after = values.read(|rows, _| rows.to_vec());
+    let after = values.read(|rows, _| rows.to_vec()).expect("rows");
     let changed: Vec<usize> =
         (0..config.slots()).filter(|r| before[r * 6..(r + 1) * 6] != after[r * 6..(r + 1) * 6]).collect();
     let read = layer.forward_explained(&x).expect("a forward").1;
@@ -143,7 +143,7 @@ fn clipping_first_gives_the_bits_of_one_pass() {
             values.grad_square_sum().expect("a norm");
         }
         values.step(0.1, 0.7).expect("a step");
-        values.read(|rows, _| rows.iter().map(|v| v.to_bits()).collect::<Vec<_>>())
+        values.read(|rows, _| rows.iter().map(|v| v.to_bits()).collect::<Vec<_>>()).expect("rows")
     };
     assert_eq!(run(true), run(false));
 }

@@ -17,3 +17,4 @@ pub mod train;
 
 pub use config::{MemoryConfig, ModelConfig};
 pub use error::{LmError, Result};
+pub use model::Place;

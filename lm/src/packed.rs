@@ -148,7 +148,7 @@ impl<'a> Plan<'a> {
                 let report = pool.read(|rows, _| {
                     writer.pack::<E, _>(VALUES, &DenseRows::new(rows, m.value_dim()), &mut row[..m.value_dim()])
                 });
-                reports.push((VALUES.to_owned(), report.map_err(fail)?));
+                reports.push((VALUES.to_owned(), report?.map_err(fail)?));
             }
         }
         writer.finish().map_err(fail)?;

@@ -143,7 +143,7 @@ fn facts_are_learned_packed_and_answered() {
 
     // A weight that is not a number gets neither into a pool nor, were it there, into a file.
     let pool = trainer.model().pool().expect("a memory");
-    let (mut rows, state) = pool.read(|rows, state| (rows.to_vec(), state.to_vec()));
+    let (mut rows, state) = pool.read(|rows, state| (rows.to_vec(), state.to_vec())).expect("rows");
     rows[5 * pool.dim() + 2] = f32::NAN;
     let error = pool.restore(&rows, &state, pool.steps()).expect_err("NaN").to_string();
     assert!(error.contains("row 5"), "{error}");

@@ -7,7 +7,7 @@ use memlayer_core::{ArgError, Element, Table};
 use super::{aligned, number_of, size};
 use crate::Cuda;
 use crate::error::CudaError;
-use crate::kernels::{File, Variant, format};
+use crate::kernels::{File, Variant, format, packed_group};
 use crate::launch::{Args, Shape};
 use crate::memory::Rows;
 
@@ -29,6 +29,12 @@ impl Reading {
             lane /= 2;
         }
         Self { lane, team: (dim / lane).next_power_of_two().clamp(8, 32) }
+    }
+
+    /// Of 4-bit integers in groups of `group`: two bytes, four values, and a team for all of a row if it can be.
+    fn packed(dim: usize, group: usize) -> Self {
+        let lanes = dim.div_ceil(group) * group / 4;
+        Self { lane: 4, team: lanes.next_power_of_two().clamp(8, 32) }
     }
 
     /// Loads of 4 bytes, for few tokens.
@@ -77,10 +83,16 @@ impl<E: Element> EmbeddingBag<Rows<'_, E>> for Cuda {
         if tokens == 0 {
             return Ok(());
         }
-        let (dim, bytes) = (table.dim, size_of::<E>());
-        let reading = Reading::widest(table.codes.pointer(), bytes, dim, table.group);
+        let (dim, bytes, pointer) = (table.dim, size_of::<E>(), table.codes.pointer());
+        let (reading, name) = match packed_group(E::FORMAT) {
+            Some(group) => (Reading::packed(dim, group), "bag_dot_packed"),
+            None => {
+                let reading = Reading::widest(pointer, bytes, dim, table.group);
+                (reading, named!("bag_dot", reading.lane))
+            }
+        };
         let variant = Variant::of(File::Bag).format(format::<E>(OP)?);
-        let kernel = self.kernels.get(variant, named!("bag_dot", reading.lane))?;
+        let kernel = self.kernels.get(variant, name)?;
         // A team takes eight rows of a bag.
         let lanes = tokens * args.bag.div_ceil(8) * reading.team;
         let mut launch = table_args(OP, table)?
@@ -90,11 +102,17 @@ impl<E: Element> EmbeddingBag<Rows<'_, E>> for Cuda {
             .value(size(OP, "bag", args.bag)?)
             .value(size(OP, "tokens", tokens)?)
             .value(size(OP, "team", reading.team)?)
-            .value(u32::from(aligned(args.vectors.pointer(), dim)))
+            .value(alignment::<E>(pointer, args.vectors.pointer(), dim))
             .value(self.flag.view().pointer())
             .value(number_of(OP));
         self.stream.launch(&kernel, Shape::new(lanes.div_ceil(BLOCK as usize), BLOCK), &mut launch)
     }
+}
+
+/// What a kernel is told of alignment: whether a team's floats can be read by fours, or of rows of 4-bit integers, whether
+/// their groups begin at even addresses.
+fn alignment<E: Element>(codes: u64, floats: u64, dim: usize) -> u32 {
+    u32::from(if packed_group(E::FORMAT).is_some() { codes.is_multiple_of(2) } else { aligned(floats, dim) })
 }
 
 /// The parameters that describe a table.
@@ -123,15 +141,19 @@ impl Cuda {
         let pointer = table.codes.pointer();
         let mut reading = Reading::widest(pointer, bytes, dim, table.group);
         let mut name = named!("bag_sum", reading.lane);
-        // Where so few tokens would leave most of the device idle, more and narrower teams read them.
-        if tokens * dim / reading.lane < self.properties.multiprocessors as usize * 64
+        let mut columns = dim;
+        if let Some(group) = packed_group(E::FORMAT) {
+            (reading, name) = (Reading::packed(dim, group), "bag_sum_packed");
+            columns = dim.next_multiple_of(group);
+        } else if tokens * dim / reading.lane < self.properties.multiprocessors as usize * 64
             && let Some(narrow) = Reading::narrow(pointer, bytes, dim, table.group)
         {
+            // So few tokens would leave most of the device idle: more and narrower teams read them.
             (reading, name) = (narrow, "bag_sum_few");
         }
         let variant = Variant::of(File::Bag).format(format::<E>(op)?);
         let kernel = self.kernels.get(variant, name)?;
-        let slices = dim.div_ceil(reading.team * reading.lane);
+        let slices = columns.div_ceil(reading.team * reading.lane);
         let lanes = tokens * slices * reading.team;
         let mut launch = table_args(op, table)?
             .read(args.ids)
@@ -141,7 +163,7 @@ impl Cuda {
             .value(size(op, "tokens", tokens)?)
             .value(u32::from(args.accumulate))
             .value(size(op, "team", reading.team)?)
-            .value(u32::from(aligned(args.out.pointer(), dim)))
+            .value(alignment::<E>(pointer, args.out.pointer(), dim))
             .value(self.flag.view().pointer())
             .value(number_of(op));
         self.stream.launch(&kernel, Shape::new(lanes.div_ceil(BLOCK as usize), BLOCK), &mut launch)

@@ -10,7 +10,7 @@ use memlayer_core::{Element, Scratch, ScratchReq};
 use super::plan::{Destination, GradientArg, PlanArg};
 use super::{number_of, size};
 use crate::error::CudaError;
-use crate::kernels::{File, Variant, format};
+use crate::kernels::{File, Variant, format, packed_group};
 use crate::launch::{Args, Matrix, Operands, Product, Shape};
 use crate::memory::{Rows, View, ViewMut};
 use crate::{Cuda, Scores};
@@ -104,6 +104,9 @@ impl<E: Element> SelectRows<Rows<'_, E>> for Cuda {
         }
         if dims.tokens * dims.heads == 0 {
             return Ok(());
+        }
+        if packed_group(E::FORMAT).is_some() {
+            return Err(CudaError::Unsupported { op: OP, what: "a table of 4-bit keys" });
         }
         let variant = Variant::of(File::Select).format(format::<E>(OP)?);
         let packed = E::FORMAT != Format::F32;

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
-use memlayer_lm::flops;
 use memlayer_lm::train::{Trainer, latest};
+use memlayer_lm::{Place, flops};
 use serde::Serialize;
 
 use crate::Context;
@@ -21,6 +21,9 @@ pub(crate) struct Train {
     /// Train the dense model of the same cost instead.
     #[arg(long)]
     dense: bool,
+    /// Where to train: cpu, cuda, or cuda:1 for another than the first GPU.
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: String,
     /// Steps between checkpoints.
     #[arg(long, value_name = "N", default_value_t = 250)]
     checkpoint_every: u64,
@@ -47,6 +50,7 @@ struct Trained {
 impl Train {
     pub(crate) fn run(&self, context: &Context) -> Result<(), CliError> {
         let cpu = share(context.cpu()?);
+        let place = Place::named(&self.device, &cpu)?;
         let data = self.data.load()?;
         // A run that goes on has its tokenizer already; it is the one its parameters know.
         let saved = if self.out.is_dir() { latest(&self.out)? } else { None };
@@ -61,15 +65,15 @@ impl Train {
         }
         let cost = flops::cost(&config, mean_len)?;
         let training = self.recipe.training(self.data.seed);
-        let (mut trainer, _lock) = Trainer::open(&self.out, &config, &training, &data, tokenizer, &cpu)?;
+        let (mut trainer, _lock) = Trainer::open(&self.out, &config, &training, &data, tokenizer, &place)?;
         let resumed_at = trainer.steps();
         context.say(format_args!(
-            "{} facts; {} parameters and {} values; {} FLOPs a token; {}; from step {resumed_at} of {}",
+            "{} facts; {} parameters and {} values; {} FLOPs a token; {:?}; from step {resumed_at} of {}",
             data.facts.len(),
             cost.dense_params,
             cost.memory_params,
             cost.flops_per_token,
-            memlayer_core::Host::name(&*cpu),
+            place.compute(),
             training.steps,
         ))?;
         let mut losses = self.losses.as_ref().map(LossFile::open).transpose()?;

@@ -1,6 +1,7 @@
 //! A decoder-only transformer: RMSNorm, rotary positions, SwiGLU, tied embeddings, and memory layers in place of any of
 //! its feed-forward layers.
 
+mod place;
 mod variables;
 
 use std::collections::BTreeMap;
@@ -9,8 +10,8 @@ use std::sync::Arc;
 use candle_core::{Module, Tensor};
 use memlayer_candle::{LayerInit, MemoryLayer, Rule, ValuePool};
 use memlayer_core::DenseRows;
-use memlayer_cpu::Cpu;
 
+pub use place::Place;
 pub use variables::Variables;
 
 use crate::config::ModelConfig;
@@ -78,21 +79,21 @@ pub struct Batch {
 }
 
 impl Model {
-    /// A model with fresh variables picked by `seed`. `cpu` runs its memory layers.
+    /// A model with fresh variables picked by `seed`.
     ///
     /// # Errors
     /// [`crate::LmError::Config`] if the sizes make no model.
-    pub fn new(config: &ModelConfig, init: PoolInit, cpu: &Arc<Cpu>, seed: u64) -> Result<Self> {
+    pub fn new(config: &ModelConfig, init: PoolInit, place: &Place, seed: u64) -> Result<Self> {
         config.check()?;
         let d = config.dim;
         let variables = Variables::new(seed, config.layers);
-        let vb = variables.builder();
+        let vb = variables.builder(place.device());
         let memory = config.memory_layer()?;
         let pool = match &memory {
             Some(m) => {
                 #[allow(clippy::cast_possible_truncation, reason = "rounding a standard deviation")]
                 let std = 1.0 / (m.value_dim() as f64).sqrt() as f32;
-                Some(ValuePool::new(Arc::clone(cpu), m.slots(), m.value_dim(), init.rule, std, seed)?)
+                Some(ValuePool::new(place.compute().clone(), m.slots(), m.value_dim(), init.rule, std, seed)?)
             }
             None => None,
         };
@@ -219,7 +220,7 @@ impl Model {
         let look_at =
             |values: &[f32]| look(&Reader::new(&self.config, &Trained { dense: &dense, keys: &keys, values })?);
         match &self.pool {
-            Some(pool) => pool.read(|values, _| look_at(values)),
+            Some(pool) => pool.read(|values, _| look_at(values))?,
             None => look_at(&[]),
         }
     }

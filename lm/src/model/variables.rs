@@ -31,10 +31,10 @@ impl Variables {
         Self(Arc::new(Mutex::new(Inner { seed, layers, vars: BTreeMap::new() })))
     }
 
-    /// What layers get their variables from.
+    /// What layers get their variables from, on `device`: of the same values wherever that is.
     #[must_use]
-    pub fn builder(&self) -> VarBuilder<'static> {
-        VarBuilder::from_backend(Box::new(self.clone()), DType::F32, Device::Cpu)
+    pub fn builder(&self, device: &Device) -> VarBuilder<'static> {
+        VarBuilder::from_backend(Box::new(self.clone()), DType::F32, device.clone())
     }
 
     /// All variables, ordered by name.

@@ -11,6 +11,10 @@ use super::{exp, slice, with_values};
 /// # Errors
 /// candle's, if the widths do not fit.
 pub fn attention(qkv: &Tensor, heads: usize) -> Result<Tensor> {
+    if !qkv.device().is_cpu() {
+        let dims = Dims::new(qkv.shape(), heads)?;
+        return super::composed::attention(qkv, heads, &dims.angles);
+    }
     qkv.contiguous()?.apply_op1(Attention { heads })
 }
 
@@ -44,6 +48,13 @@ struct Dims {
     angles: Vec<(f32, f32)>,
 }
 
+/// `(cos, sin)` of the angles of positions and pairs, `[tokens, width / 2]`.
+pub(super) fn angles(tokens: usize, width: usize) -> Vec<(f32, f32)> {
+    let half = width / 2;
+    let angle = |at: usize| (at / half) as f32 * 10_000f32.powf(-((at % half) as f32) / half as f32);
+    (0..tokens * half).map(|at| angle(at).sin_cos()).map(|(sin, cos)| (cos, sin)).collect()
+}
+
 impl Dims {
     fn new(shape: &Shape, heads: usize) -> Result<Self> {
         let (_, tokens, three) = shape.dims3()?;
@@ -51,10 +62,7 @@ impl Dims {
             candle_core::bail!("attention: {three} is not three times an even multiple of {heads} heads");
         }
         let width = three / (3 * heads);
-        let half = width / 2;
-        let angle = |at: usize| (at / half) as f32 * 10_000f32.powf(-((at % half) as f32) / half as f32);
-        let angles = (0..tokens * half).map(|at| angle(at).sin_cos()).map(|(sin, cos)| (cos, sin)).collect();
-        Ok(Self { tokens, heads, width, angles })
+        Ok(Self { tokens, heads, width, angles: angles(tokens, width) })
     }
 
     fn dim(&self) -> usize {

@@ -12,6 +12,9 @@ use super::{exp, slice};
 /// # Errors
 /// candle's, if there are not as many targets as rows, or one is no column.
 pub fn cross_entropy(logits: &Tensor, targets: Arc<[u32]>) -> Result<Tensor> {
+    if !logits.device().is_cpu() {
+        return super::composed::cross_entropy(logits, &targets);
+    }
     logits.contiguous()?.apply_op1(CrossEntropy { targets, gradient: Mutex::default() })
 }
 

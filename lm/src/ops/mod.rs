@@ -1,9 +1,11 @@
 //! The model's own operations for candle: one pass forward, one pass backward, nothing kept that can be made again.
 //!
 //! candle composes each of them from several element-wise operations, every one a pass over memory with a graph node
-//! of its own; at the widths of a small model that is most of a training step.
+//! of its own; at the widths of a small model that is most of a training step. Tensors that are not on the CPU take that
+//! way (`composed`).
 
 mod attention;
+mod composed;
 mod cross_entropy;
 mod rms_norm;
 mod rows;
@@ -28,13 +30,13 @@ fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     }
 }
 
-/// Looks at the values of a tensor, made contiguous first if it is not.
+/// Looks at the values of a tensor, made contiguous first if it is not, fetched first if they are elsewhere.
 pub(crate) fn with_values<R>(tensor: &Tensor, look: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
     let tensor = tensor.contiguous()?;
     let (storage, layout) = tensor.storage_and_layout();
     match &*storage {
         Storage::Cpu(storage) => look(slice(storage, layout)?),
-        _ => candle_core::bail!("tensors must be on the CPU"),
+        _ => look(&tensor.flatten_all()?.to_vec1::<f32>()?),
     }
 }
 

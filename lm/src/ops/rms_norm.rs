@@ -12,6 +12,9 @@ pub const NORM_EPS: f32 = 1e-6;
 /// # Errors
 /// candle's, if `gain` is not as wide as `x`.
 pub fn rms_norm(x: &Tensor, gain: &Tensor) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return super::composed::rms_norm(x, gain);
+    }
     x.contiguous()?.apply_op2(&gain.contiguous()?, RmsNorm)
 }
 

@@ -11,6 +11,9 @@ use super::{slice, with_values};
 /// # Errors
 /// candle's, if an id is no row.
 pub fn take_rows(table: &Tensor, ids: Arc<[u32]>) -> Result<Tensor> {
+    if !table.device().is_cpu() {
+        return super::composed::take_rows(table, &ids);
+    }
     table.contiguous()?.apply_op1(TakeRows { ids })
 }
 

@@ -10,6 +10,9 @@ use super::{exp, slice, with_values};
 /// # Errors
 /// candle's, if the last dimension is odd.
 pub fn swiglu(x: &Tensor) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return super::composed::swiglu(x);
+    }
     x.contiguous()?.apply_op1(Swiglu)
 }
 

@@ -187,7 +187,7 @@ impl Saved {
     pub fn model(&self, cpu: &Arc<Cpu>) -> Result<Model> {
         let state = self.state()?;
         let init = PoolInit { rule: state.train.value_rule.into() };
-        let mut model = Model::new(&state.model, init, cpu, state.train.seed)?;
+        let mut model = Model::new(&state.model, init, &cpu.into(), state.train.seed)?;
         model.set_data(u64::from_str_radix(&state.data, 16).unwrap_or(0));
         self.parameters(&model)?.put_into(&model, state.step)?;
         Ok(model)
@@ -279,10 +279,10 @@ impl Trainer {
         }
         write_tensors(&folder.join("model.safetensors"), &tensors, Some(("config", json(folder, &state.model)?)))?;
         let mut tensors = Vec::new();
-        for (name, first, second) in self.optimizer.moments() {
+        for moments in self.optimizer.moments() {
+            let (name, [first, second]) = moments?;
             for (moment, values) in [("first", first), ("second", second)] {
-                let values = Values { shape: vec![values.len()], values: Cow::Borrowed(values) };
-                tensors.push((format!("{name}.{moment}"), values));
+                tensors.push((format!("{name}.{moment}"), Values { shape: vec![values.len()], values }));
             }
         }
         write_tensors(&folder.join("moments.safetensors"), &tensors, None)?;
@@ -293,7 +293,7 @@ impl Trainer {
                     ("values.state".to_owned(), Values { shape: vec![state.len()], values: state.into() }),
                 ];
                 write_tensors(&folder.join("pool.safetensors"), &tensors, None)
-            })?;
+            })??;
         }
         sync_folder(&folder.join("x"))
     }

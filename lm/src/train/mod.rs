@@ -17,7 +17,7 @@ use crate::data::Dataset;
 use crate::error::{LmError, Result};
 use crate::files::Lock;
 use crate::infer::Reader;
-use crate::model::{Model, PoolInit};
+use crate::model::{Model, Place, PoolInit};
 use crate::ops::cross_entropy;
 use crate::optim::{AdamW, AdamWConfig};
 use crate::tokenizer::Tokenizer;
@@ -154,8 +154,9 @@ impl Trainer {
         config: &TrainConfig,
         data: &Dataset,
         tokenizer: Tokenizer,
-        cpu: &Arc<Cpu>,
+        place: impl Into<Place>,
     ) -> Result<Self> {
+        let place = place.into();
         config.check()?;
         if model.vocab != tokenizer.vocab() {
             let found = tokenizer.vocab();
@@ -168,14 +169,14 @@ impl Trainer {
         }
         let mean_len = encoded.iter().map(|e| e.tokens.len() as f64 - 1.0).sum::<f64>() / encoded.len().max(1) as f64;
         let init = PoolInit { rule: config.value_rule.into() };
-        let mut model = Model::new(model, init, cpu, config.seed)?;
-        let optimizer = AdamW::new(config.adamw, model.variables().all());
+        let mut model = Model::new(model, init, &place, config.seed)?;
+        let optimizer = AdamW::new(config.adamw, model.variables().all())?;
         let batches = Batches::new(encoded, config.batch, config.seed);
         if batches.per_epoch() == 0 {
             return Err(LmError::Training("there is nothing to learn".to_owned()));
         }
         model.set_data(data.fingerprint());
-        let (config, cpu) = (config.clone(), Arc::clone(cpu));
+        let (config, cpu) = (config.clone(), Arc::clone(place.cpu()));
         Ok(Self { model, config, tokenizer, optimizer, batches, mean_len, step: 0, cpu })
     }
 
@@ -191,11 +192,11 @@ impl Trainer {
         config: &TrainConfig,
         data: &Dataset,
         tokenizer: Tokenizer,
-        cpu: &Arc<Cpu>,
+        place: impl Into<Place>,
     ) -> Result<(Self, Lock)> {
         let lock = Lock::take(folder)?;
         checkpoint::clear(folder)?;
-        let mut trainer = Self::new(model, config, data, tokenizer, cpu)?;
+        let mut trainer = Self::new(model, config, data, tokenizer, place)?;
         if let Some(saved) = latest(folder)? {
             trainer.restore(&saved)?;
         }
