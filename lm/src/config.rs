@@ -1,6 +1,7 @@
 //! The sizes of a model.
 
 use memlayer_core::Config;
+use memlayer_infer::{MemorySizes, Sizes};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{LmError, Result};
@@ -73,6 +74,22 @@ impl ModelConfig {
         self.memory_layer().map(|_| ())
     }
 
+    /// The sizes as a packed model has them.
+    ///
+    /// # Errors
+    /// [`LmError::Config`] if the model has more blocks than a packed one can.
+    pub fn sizes(&self) -> Result<Sizes> {
+        let &Self { vocab, dim, layers, heads, hidden, context, .. } = self;
+        let memory = self.memory.as_ref().map(|memory| {
+            let &MemoryConfig { heads, sub_keys, half_dim, top_k, .. } = memory;
+            let bits = memory.layers.iter().filter(|&&layer| layer < Sizes::MAX_LAYERS);
+            MemorySizes { layers: bits.fold(0, |all, layer| all | 1 << layer), heads, sub_keys, half_dim, top_k }
+        });
+        let sizes = Sizes { vocab, dim, layers, heads, hidden, context, memory };
+        sizes.check().map_err(|e| LmError::Config(e.to_string()))?;
+        Ok(sizes)
+    }
+
     /// Whether block `layer` has a memory in place of its dense feed-forward.
     #[must_use]
     pub fn is_memory(&self, layer: usize) -> bool {
@@ -99,5 +116,17 @@ impl ModelConfig {
     #[must_use]
     pub fn head_dim(&self) -> usize {
         self.dim / self.heads
+    }
+}
+
+impl From<Sizes> for ModelConfig {
+    fn from(sizes: Sizes) -> Self {
+        let Sizes { vocab, dim, layers, heads, hidden, context, memory } = sizes;
+        let memory = memory.map(|memory| {
+            let MemorySizes { layers: bits, heads, sub_keys, half_dim, top_k } = memory;
+            let layers = (0..Sizes::MAX_LAYERS).filter(|layer| bits >> layer & 1 == 1).collect();
+            MemoryConfig { layers, heads, sub_keys, half_dim, top_k }
+        });
+        Self { vocab, dim, layers, heads, hidden, context, memory }
     }
 }

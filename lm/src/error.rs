@@ -55,6 +55,9 @@ pub enum LmError {
     /// An operation's own.
     #[error(transparent)]
     Argument(#[from] memlayer_core::ArgError),
+    /// A packed model's own.
+    #[error(transparent)]
+    Infer(#[from] memlayer_infer::Error),
     /// candle's own.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

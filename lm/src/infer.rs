@@ -1,18 +1,21 @@
 //! Answering: the model on plain slices, with a cache of keys and values, by the backend and nothing else.
 //!
 //! Training goes through candle; this does not. A [`Reader`] borrows parameters from wherever they lie, a model in
-//! training or a packed file, and answers many questions of equal length at once, or one.
+//! training or a packed file, and answers many questions of equal length at once, by all cores, and tells which slots it read.
+//! One question of a packed file, without std and without an allocator, is `memlayer-infer`'s; the arithmetic is the same, and
+//! so are the answers.
 
 use memlayer_core::layer::{self, Activations, Keys, Params, Projection};
 use memlayer_core::ops::Dense;
 use memlayer_core::ops::dense::{Linear, NormDims, RmsNorm};
-use memlayer_core::{Config, DenseRows, E4m3, E5m2, RowStore, ScaledRows, Scratch, ScratchReq};
+use memlayer_core::{Config, RowStore, Scratch, ScratchReq};
 use memlayer_cpu::Cpu;
+pub use memlayer_infer::Tables;
+use memlayer_infer::math::{add_scaled, angles, gate, greatest, softmax_scores, turn};
 use rayon::prelude::*;
 
 use crate::config::ModelConfig;
 use crate::error::{LmError, Result};
-use crate::ops::{add_scaled, gate, rotate, softmax_scores};
 use crate::tokenizer::EOS;
 
 /// Where parameters lie.
@@ -27,19 +30,6 @@ pub trait Source<'a> {
     /// # Errors
     /// [`LmError`] if there are none, or their sizes are not the configuration's.
     fn tables(&self, layer: usize, config: &Config) -> Result<Tables<'a>>;
-}
-
-/// Sub-keys (rows `[H, 2, N]` of width C, normalized) and values (`[N², V]`), in one format.
-#[derive(Clone, Copy, Debug)]
-pub enum Tables<'a> {
-    /// As trained.
-    F32(DenseRows<'a, f32>, DenseRows<'a, f32>),
-    /// 8-bit integers.
-    Int8(ScaledRows<'a, i8>, ScaledRows<'a, i8>),
-    /// 8-bit floats with 4 exponent bits.
-    E4m3(ScaledRows<'a, E4m3>, ScaledRows<'a, E4m3>),
-    /// 8-bit floats with 5 exponent bits.
-    E5m2(ScaledRows<'a, E5m2>, ScaledRows<'a, E5m2>),
 }
 
 /// A model's parameters, borrowed.
@@ -331,17 +321,6 @@ fn keep_last(x: &mut Vec<f32>, attended: &mut [f32], s: usize, d: usize) -> usiz
     sequences
 }
 
-/// The index of the greatest; the first of equal ones.
-fn greatest(logits: &[f32]) -> u32 {
-    let mut best = (0, f32::NEG_INFINITY);
-    for (i, &logit) in (0u32..).zip(logits) {
-        if logit > best.1 {
-            best = (i, logit);
-        }
-    }
-    best.0
-}
-
 fn add(x: &mut [f32], y: &[f32]) {
     for (x, y) in x.iter_mut().zip(y) {
         *x += y;
@@ -372,13 +351,15 @@ impl Attend {
         let (d, w) = (self.d, self.d / self.heads);
         // The cache holds each head's rows one after the other: `[heads, capacity, width]`.
         let place = |h: usize, t: usize| (h * self.capacity + t) * w;
+        let mut turned = vec![0.0; w];
         for (t, qkv) in qkv.chunks_exact_mut(3 * d).enumerate() {
             let (position, (q, kv)) = (self.past + t, qkv.split_at_mut(d));
+            angles(position, &mut turned);
             for h in 0..self.heads {
-                rotate(&mut q[h * w..(h + 1) * w], position, 1.0);
+                turn(&mut q[h * w..(h + 1) * w], &turned);
                 let at = place(h, position);
                 keys[at..at + w].copy_from_slice(&kv[h * w..(h + 1) * w]);
-                rotate(&mut keys[at..at + w], position, 1.0);
+                turn(&mut keys[at..at + w], &turned);
                 values[at..at + w].copy_from_slice(&kv[d + h * w..][..w]);
             }
         }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use memlayer_core::element::Format;
 use memlayer_core::{Config, DenseRows, E4m3, E5m2, RowStore, Table};
+use memlayer_infer::Sizes;
 use memlayer_quantize::image::{Sink, WriteError};
 use memlayer_quantize::{Image, Pack, PackReport, Section, Writer};
 
@@ -17,8 +18,8 @@ use crate::model::Model;
 use crate::ops::with_values;
 use crate::tokenizer::Tokenizer;
 
-const CONFIG: &str = "model.json";
-const TOKENIZER: &str = "tokenizer.json";
+const CONFIG: &str = "model";
+const TOKENIZER: &str = "tokenizer";
 /// The fingerprint of the data, in hexadecimal.
 const DATA: &str = "data";
 const VALUES: &str = "values";
@@ -59,8 +60,8 @@ pub fn pack(model: &Model, tokenizer: &Tokenizer, format: Format, path: &Path) -
 
 /// What goes into the file.
 struct Plan<'a> {
-    config: String,
-    tokenizer: String,
+    config: [u8; Sizes::LEN],
+    tokenizer: &'a [u8],
     data: String,
     dense: Vec<(String, Vec<usize>, Vec<f32>)>,
     /// By layer, normalized.
@@ -80,7 +81,7 @@ impl Sink for FileSink<'_> {
 }
 
 impl<'a> Plan<'a> {
-    fn new(model: &'a Model, tokenizer: &Tokenizer) -> Result<Self> {
+    fn new(model: &'a Model, tokenizer: &'a Tokenizer) -> Result<Self> {
         let memory = model.config().memory_layer()?;
         let (mut dense, mut keys) = (Vec::new(), Vec::new());
         for (name, var) in model.variables().all() {
@@ -95,13 +96,13 @@ impl<'a> Plan<'a> {
                 keys.push((layer, model.prepared_keys(layer, &config)?));
             }
         }
-        let config = serde_json::to_string(model.config()).map_err(|e| LmError::Config(e.to_string()))?;
+        let config = model.config().sizes()?.encode().map_err(|e| LmError::Config(e.to_string()))?;
         let data = format!("{:016x}", model.data());
-        Ok(Self { config, tokenizer: tokenizer.to_json()?, data, dense, keys, memory, model })
+        Ok(Self { config, tokenizer: tokenizer.table(), data, dense, keys, memory, model })
     }
 
     fn sections<E: Pack>(&self) -> Result<Vec<Section>, memlayer_quantize::image::LayoutError> {
-        let texts = [(CONFIG, &self.config), (TOKENIZER, &self.tokenizer), (DATA, &self.data)];
+        let texts = [(CONFIG, &self.config[..]), (TOKENIZER, self.tokenizer), (DATA, self.data.as_bytes())];
         let mut sections = Vec::new();
         for (name, text) in texts {
             sections.push(Section::bytes(name, text.len())?);
@@ -131,8 +132,8 @@ impl<'a> Plan<'a> {
         let bytes = memlayer_quantize::image::encoded_len(&sections).map_err(|e| LmError::file(path, e.to_string()))?;
         let mut reports = Vec::new();
         let mut writer = Writer::new(FileSink(file), &mut sections).map_err(fail)?;
-        writer.bytes(CONFIG, self.config.as_bytes()).map_err(fail)?;
-        writer.bytes(TOKENIZER, self.tokenizer.as_bytes()).map_err(fail)?;
+        writer.bytes(CONFIG, &self.config).map_err(fail)?;
+        writer.bytes(TOKENIZER, self.tokenizer).map_err(fail)?;
         writer.bytes(DATA, self.data.as_bytes()).map_err(fail)?;
         for (name, _, values) in &self.dense {
             writer.dense(name, values).map_err(fail)?;
@@ -174,11 +175,10 @@ impl<B: AsRef<[u8]>> PackedModel<B> {
         let fail = |problem: String| LmError::file(path, problem);
         let image = Image::parse(bytes.as_ref()).map_err(|e| fail(e.to_string()))?;
         image.verify().map_err(|e| fail(e.to_string()))?;
-        let config: ModelConfig = serde_json::from_slice(image.bytes(CONFIG).map_err(|e| fail(e.to_string()))?)
-            .map_err(|e| fail(format!("{CONFIG}: {e}")))?;
-        config.check().map_err(|e| fail(format!("{CONFIG}: {e}")))?;
-        let tokenizer = Tokenizer::from_json(image.bytes(TOKENIZER).map_err(|e| fail(e.to_string()))?)
-            .map_err(|e| fail(format!("{TOKENIZER}: {e}")))?;
+        let sizes = Sizes::decode(image.bytes(CONFIG).map_err(|e| fail(e.to_string()))?);
+        let config = ModelConfig::from(sizes.map_err(|e| fail(e.to_string()))?);
+        let table = image.bytes(TOKENIZER).map_err(|e| fail(e.to_string()))?;
+        let tokenizer = Tokenizer::from_table(table.to_vec()).map_err(|e| fail(e.to_string()))?;
         if tokenizer.vocab() != config.vocab {
             return Err(fail(format!("the tokenizer has {} tokens, the model {}", tokenizer.vocab(), config.vocab)));
         }

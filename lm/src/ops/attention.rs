@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{exp, slice, with_values};
+use super::{add_scaled, slice, softmax_scores, with_values};
 
 /// Attention of `heads` heads over `qkv` (`[B, S, 3·D]`: queries, keys, values), each token to itself and those
 /// before it; `[B, S, D]`. Padding behind a sequence is seen by no token of it.
@@ -16,18 +16,6 @@ pub fn attention(qkv: &Tensor, heads: usize) -> Result<Tensor> {
         return super::composed::attention(qkv, heads, &dims.angles);
     }
     qkv.contiguous()?.apply_op1(Attention { heads })
-}
-
-/// Rotates the pairs `(x[i], x[i + w/2])` of a head of width `w` by `position / 10000^(2i/w)`; backward by `-1.0`.
-#[inline]
-pub fn rotate(x: &mut [f32], position: usize, direction: f32) {
-    let half = x.len() / 2;
-    let (a, b) = x.split_at_mut(half);
-    for (i, (a, b)) in a.iter_mut().zip(b).enumerate() {
-        let angle = position as f32 * 10_000f32.powf(-(i as f32) / half as f32);
-        let (sin, cos) = angle.sin_cos();
-        turn(a, b, cos, direction * sin);
-    }
 }
 
 #[inline(always)]
@@ -116,30 +104,6 @@ impl Head {
     fn attend(&mut self, dims: &Dims, t: usize) {
         let w = dims.width;
         softmax_scores(&self.q[t * w..(t + 1) * w], &self.k, &mut self.p[..=t]);
-    }
-}
-
-/// `p[s] = softmax(<q, k[s]> / sqrt(width))`.
-pub(crate) fn softmax_scores(q: &[f32], k: &[f32], p: &mut [f32]) {
-    let scale = 1.0 / (q.len() as f32).sqrt();
-    for (p, k) in p.iter_mut().zip(k.chunks_exact(q.len())) {
-        *p = scale * q.iter().zip(k).map(|(q, k)| q * k).sum::<f32>();
-    }
-    let greatest = p.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    for p in p.iter_mut() {
-        *p = exp(*p - greatest);
-    }
-    let sum: f32 = p.iter().sum();
-    for p in p.iter_mut() {
-        *p /= sum;
-    }
-}
-
-/// `out += factor · x`.
-#[inline(always)]
-pub(crate) fn add_scaled(out: &mut [f32], factor: f32, x: &[f32]) {
-    for (out, &x) in out.iter_mut().zip(x) {
-        *out += factor * x;
     }
 }
 
@@ -272,15 +236,5 @@ mod tests {
         for row in out.expect("values").chunks_exact(8) {
             assert!(row.iter().zip(&one[16..]).all(|(a, b)| (a - b).abs() < 1e-6));
         }
-    }
-
-    #[test]
-    fn a_turn_back_is_none() {
-        let mut x = numbers(8, 9);
-        let before = x.clone();
-        rotate(&mut x, 13, 1.0);
-        assert_ne!(x, before);
-        rotate(&mut x, 13, -1.0);
-        assert!(x.iter().zip(&before).all(|(a, b)| (a - b).abs() < 1e-6));
     }
 }

@@ -11,15 +11,14 @@ mod rms_norm;
 mod rows;
 mod swiglu;
 
-pub(crate) use attention::{add_scaled, softmax_scores};
-pub use attention::{attention, rotate};
+pub use attention::attention;
 pub use cross_entropy::cross_entropy;
 pub use rms_norm::{NORM_EPS, rms_norm};
 pub use rows::take_rows;
-pub(crate) use swiglu::gate;
 pub use swiglu::swiglu;
 
 use candle_core::{CpuStorage, Layout, Result, Storage, Tensor};
+use memlayer_infer::math::{add_scaled, exp, gate, sigmoid, softmax_scores};
 
 /// The values of a contiguous `f32` tensor on the CPU.
 fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
@@ -40,34 +39,9 @@ pub(crate) fn with_values<R>(tensor: &Tensor, look: impl FnOnce(&[f32]) -> Resul
     }
 }
 
-/// The exponential to about 1e-7 relative, in arithmetic that compilers turn into vector code.
-///
-/// `2^(x / ln 2)` with the integer part put into the exponent and a polynomial for the rest; 0 below -87, infinity
-/// above 88.7 is cut to the greatest finite power.
-#[inline(always)]
-pub(crate) fn exp(x: f32) -> f32 {
-    let x = x.clamp(-87.0, 88.0);
-    // Adding 1.5 · 2^23 rounds to an integer, which stands in the low bits.
-    const ROUND: f32 = 12_582_912.0;
-    let rounded = x * core::f32::consts::LOG2_E + ROUND;
-    let n = rounded - ROUND;
-    // ln 2 in two parts: the first has few bits, so n times it is exact.
-    let r = (x - n * (355.0 / 512.0)) + n * 2.121_944_4e-4;
-    let p = 1.987_569_2e-4;
-    let p = p * r + 1.398_199_9e-3;
-    let p = p * r + 8.333_452e-3;
-    let p = p * r + 4.166_579_6e-2;
-    let p = p * r + 1.666_666_5e-1;
-    let p = p * r + 0.5;
-    let p = (p * r * r + r) + 1.0;
-    p * f32::from_bits((rounded.to_bits() << 23).wrapping_add(0x3f80_0000))
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use candle_core::{Device, Tensor, Var};
-
-    use super::exp;
 
     /// Pseudo-random numbers in -1..1.
     pub(crate) fn numbers(len: usize, seed: u64) -> Vec<f32> {
@@ -117,15 +91,5 @@ pub(crate) mod tests {
                 );
             }
         }
-    }
-
-    #[test]
-    fn the_exponential_is_near() {
-        for i in -8600..8800 {
-            let x = i as f32 / 100.0;
-            let (expected, found) = (f64::from(x).exp(), f64::from(exp(x)));
-            assert!((expected - found).abs() <= 3e-7 * expected, "exp({x}) is {expected}, not {found}");
-        }
-        assert!(exp(f32::NEG_INFINITY) < 1e-37);
     }
 }

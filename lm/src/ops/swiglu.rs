@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{exp, slice, with_values};
+use super::{gate, sigmoid, slice, with_values};
 
 /// `silu(gate) · up` where each row of `x` (`[.., 2F]`) is gate, then up; `[.., F]`.
 ///
@@ -20,21 +20,6 @@ struct Swiglu;
 
 /// Rows a worker takes at a time: enough work to be worth the hand-over.
 const ROWS: usize = 256;
-
-#[inline(always)]
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + exp(-x))
-}
-
-/// The gate on slices, for the inference path.
-pub(crate) fn gate(x: &[f32], width: usize, out: &mut [f32]) {
-    for (row, out) in x.chunks_exact(2 * width).zip(out.chunks_exact_mut(width)) {
-        let (gate, up) = row.split_at(width);
-        for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
-            *out = g * sigmoid(g) * u;
-        }
-    }
-}
 
 impl CustomOp1 for Swiglu {
     fn name(&self) -> &'static str {

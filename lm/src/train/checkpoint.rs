@@ -268,7 +268,7 @@ impl Trainer {
             let path = folder.join(name);
             write_synced(&path, |w| std::io::Write::write_all(w, text.as_bytes()).map_err(|e| LmError::io(&path, e)))
         };
-        text("tokenizer.json", self.tokenizer.to_json()?)?;
+        text("tokenizer.json", self.tokenizer.to_json()?.to_owned())?;
         let state = self.state();
         text("state.json", json(folder, &state)?)?;
 

@@ -1,6 +1,10 @@
 //! Byte-pair encoding of questions and answers.
 
+mod table;
+
 use std::path::Path;
+
+pub use memlayer_infer::{BOS, EOS, PAD, SEP};
 
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -9,20 +13,18 @@ use tokenizers::{AddedToken, Tokenizer as Inner};
 use crate::data::Example;
 use crate::error::{LmError, Result};
 
-/// Fills the end of a sequence.
-pub const PAD: u32 = 0;
-/// Begins a sequence.
-pub const BOS: u32 = 1;
-/// Stands between question and answer.
-pub const SEP: u32 = 2;
-/// Ends a sequence.
-pub const EOS: u32 = 3;
-
 const SPECIAL: [&str; 4] = ["<pad>", "<bos>", "<sep>", "<eos>"];
 
 /// A byte-level BPE tokenizer with the special tokens of question and answer.
+///
+/// The tokenizers crate trains it; splitting and merging is `memlayer-infer`'s, as it is where an answer is given.
 #[derive(Clone, Debug)]
-pub struct Tokenizer(Inner);
+pub struct Tokenizer {
+    /// As the tokenizers crate writes it; none came with a packed model.
+    json: Option<String>,
+    /// As [`memlayer_infer::Tokenizer`] reads it.
+    table: Vec<u8>,
+}
 
 /// A question and its answer as tokens: `<bos> question <sep> answer <eos>`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,21 +67,16 @@ impl Tokenizer {
         bpe.with_model(model);
         bpe.add_special_tokens(SPECIAL.iter().map(|s| AddedToken::from(*s, true)).collect::<Vec<_>>())
             .map_err(wrong)?;
-        Ok(Self(bpe))
+        Self::from_json(bpe.to_string(true).map_err(wrong)?.as_bytes())
     }
 
     /// Reads a tokenizer from the JSON that [`Tokenizer::to_json`] writes.
     ///
     /// # Errors
-    /// [`LmError::Tokenizer`] if it is malformed or has other special tokens.
+    /// [`LmError::Tokenizer`] if it is malformed, no byte-level BPE, or has other special tokens.
     pub fn from_json(json: &[u8]) -> Result<Self> {
-        let inner = Inner::from_bytes(json).map_err(wrong)?;
-        for (id, token) in (0u32..).zip(SPECIAL) {
-            if inner.token_to_id(token) != Some(id) {
-                return Err(LmError::Tokenizer(format!("`{token}` is not token {id}")));
-            }
-        }
-        Ok(Self(inner))
+        let json = core::str::from_utf8(json).map_err(wrong)?;
+        Ok(Self { json: Some(json.to_owned()), table: table::of_json(json)? })
     }
 
     /// Reads a tokenizer from a file.
@@ -91,32 +88,54 @@ impl Tokenizer {
         Self::from_json(&json).map_err(|e| LmError::file(path, e.to_string()))
     }
 
+    /// The tokenizer as [`Tokenizer::table`] gives it.
+    ///
+    /// # Errors
+    /// [`LmError::Infer`] if it is none.
+    pub fn from_table(table: Vec<u8>) -> Result<Self> {
+        memlayer_infer::Tokenizer::new(&table)?.check()?;
+        Ok(Self { json: None, table })
+    }
+
     /// The tokenizer as JSON.
     ///
     /// # Errors
-    /// [`LmError::Tokenizer`].
-    pub fn to_json(&self) -> Result<String> {
-        self.0.to_string(true).map_err(wrong)
+    /// [`LmError::Tokenizer`] if it came with a packed model.
+    pub fn to_json(&self) -> Result<&str> {
+        self.json.as_deref().ok_or_else(|| wrong("a packed model's has no JSON"))
+    }
+
+    /// The tokenizer as a packed model has it: the section of [`memlayer_infer::tokenizer`].
+    #[must_use]
+    pub fn table(&self) -> &[u8] {
+        &self.table
+    }
+
+    fn inner(&self) -> Result<memlayer_infer::Tokenizer<'_>> {
+        Ok(memlayer_infer::Tokenizer::new(&self.table)?)
     }
 
     /// The number of tokens.
     #[must_use]
     pub fn vocab(&self) -> usize {
-        self.0.get_vocab_size(true)
+        self.inner().map_or(0, |inner| inner.vocab())
     }
 
-    /// The tokens of a text.
+    /// The tokens of a text. No text gives special tokens.
     ///
     /// # Errors
-    /// [`LmError::Tokenizer`].
+    /// [`LmError::Infer`] if a word is longer than [`memlayer_infer::tokenizer::MAX_WORD`].
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        Ok(self.0.encode_fast(text, false).map_err(wrong)?.get_ids().to_vec())
+        let mut tokens = vec![0; text.len() + 1];
+        let len = self.inner()?.encode(text, &mut tokens)?.len();
+        tokens.truncate(len);
+        Ok(tokens)
     }
 
     /// `<bos> question <sep>`.
     ///
     /// # Errors
-    /// [`LmError::Tokenizer`].
+    /// As [`Tokenizer::encode`].
     pub fn prompt(&self, question: &str) -> Result<Vec<u32>> {
         let mut tokens = vec![BOS];
         tokens.extend(self.encode(question)?);
@@ -127,7 +146,7 @@ impl Tokenizer {
     /// `<bos> question <sep> answer <eos>`, of the first answer.
     ///
     /// # Errors
-    /// [`LmError::Tokenizer`].
+    /// As [`Tokenizer::encode`].
     pub fn example(&self, example: &Example) -> Result<Encoded> {
         let mut tokens = self.prompt(&example.question)?;
         let prompt = tokens.len();
@@ -139,9 +158,10 @@ impl Tokenizer {
     /// The text of tokens, special ones left out.
     ///
     /// # Errors
-    /// [`LmError::Tokenizer`] if a token is none of the vocabulary.
+    /// None of a tokenizer that was made; the table is looked at again.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
-        Ok(self.0.decode(tokens, true).map_err(wrong)?.trim().to_owned())
+        let bytes: Vec<u8> = self.inner()?.decode(tokens).collect();
+        Ok(String::from_utf8_lossy(&bytes).trim().to_owned())
     }
 }
 
@@ -200,7 +220,7 @@ mod tests {
 
     #[test]
     fn training_is_repeatable_and_survives_a_file() {
-        let json = || Tokenizer::train(&examples(), 400).expect("a tokenizer").to_json().expect("JSON");
+        let json = || Tokenizer::train(&examples(), 400).expect("a tokenizer").to_json().expect("JSON").to_owned();
         let first = json();
         for _ in 0..5 {
             assert_eq!(first, json());
@@ -217,5 +237,64 @@ mod tests {
     fn what_is_no_tokenizer_is_refused() {
         assert!(Tokenizer::from_json(b"{}").is_err());
         assert!(Tokenizer::train(&examples(), 100).expect_err("too small").to_string().contains("260"));
+    }
+
+    /// The tokenizers crate, on the same tokens.
+    fn theirs(tokenizer: &Tokenizer) -> Inner {
+        Inner::from_bytes(tokenizer.to_json().expect("JSON")).expect("a tokenizer")
+    }
+
+    #[track_caller]
+    fn agree(ours: &Tokenizer, theirs: &Inner, text: &str) {
+        let expected = theirs.encode_fast(text, false).expect("tokens");
+        assert_eq!(expected.get_ids(), ours.encode(text).expect("tokens"), "{text:?}");
+    }
+
+    #[test]
+    fn every_character_is_split_as_the_crate_that_trains_splits_it() {
+        let ours = Tokenizer::train(&examples(), 400).expect("a tokenizer");
+        let theirs = theirs(&ours);
+        // A block of characters at a time, and one by one where they differ.
+        for c in '\0'..=char::MAX {
+            agree(&ours, &theirs, &format!("a{c}1{c}{c} b {c} {c}'s"));
+        }
+    }
+
+    #[test]
+    fn texts_are_split_as_the_crate_that_trains_splits_them() {
+        let ours = Tokenizer::train(&examples(), 400).expect("a tokenizer");
+        let theirs = theirs(&ours);
+        let mut random = memlayer_core::Random::new(5);
+        let pieces = [
+            " ", "  ", "\n", "\t", "\u{a0}", "\u{3000}", "a", "What", "capital", "é", "日本", "Ⅷ", "½", "7", "42", "'", "'s",
+            "'ll", "'LL", "?", "...", "\u{1f600}", "\u{301}", "\u{200b}", "\u{378}", "São", "-", "\r\n", "\0",
+        ];
+        for _ in 0..20_000 {
+            let text: String = (0..random.below(9)).map(|_| pieces[random.below(pieces.len())]).collect();
+            agree(&ours, &theirs, &text);
+        }
+        let world = crate::data::Dataset::world(Path::new("../data"), 10_000, 1).expect("the world");
+        let ours = Tokenizer::train(&world.train, 1000).expect("a tokenizer");
+        let theirs = self::theirs(&ours);
+        for example in &world.train {
+            agree(&ours, &theirs, &example.question);
+            agree(&ours, &theirs, &example.answers[0]);
+        }
+    }
+
+    #[test]
+    fn no_text_makes_a_special_token() {
+        let ours = Tokenizer::train(&examples(), 400).expect("a tokenizer");
+        assert!(ours.encode("a <eos> <pad><bos>").expect("tokens").iter().all(|&token| token > EOS));
+    }
+
+    #[test]
+    fn a_table_is_enough() {
+        let ours = Tokenizer::train(&examples(), 400).expect("a tokenizer");
+        let packed = Tokenizer::from_table(ours.table().to_vec()).expect("a tokenizer");
+        let text = "What is the capital of land 3?";
+        assert_eq!(ours.encode(text).expect("tokens"), packed.encode(text).expect("tokens"));
+        assert!(packed.to_json().is_err());
+        assert!(Tokenizer::from_table(ours.table()[1..].to_vec()).is_err());
     }
 }
