@@ -114,7 +114,10 @@ impl fmt::Display for Error {
             Self::Memory(error) => write!(f, "model configuration: memory: {error}"),
             Self::Model { bytes, version } => {
                 let (len, read) = (crate::Sizes::LEN, crate::sizes::VERSION);
-                write!(f, "section `model` is {bytes} bytes of version {version}; this program reads {len} of version {read}")
+                write!(
+                    f,
+                    "section `model` is {bytes} bytes of version {version}; this program reads {len} of version {read}"
+                )
             }
             Self::Size { name, found, limit } => write!(f, "model configuration: {name} {found} is not in 1..={limit}"),
             Self::Heads { dim, heads } => {
@@ -130,7 +133,9 @@ impl fmt::Display for Error {
             }
             Self::Format => f.write_str("sub-keys and values are not f32, int8, e4m3 or e5m2"),
             Self::Tokenizer { what, at } => write!(f, "section `tokenizer`: {what} ({at})"),
-            Self::TooLong { found, limit } => write!(f, "a question of {found} tokens exceeds the {limit} this model reads"),
+            Self::TooLong { found, limit } => {
+                write!(f, "a question of {found} tokens exceeds the {limit} this model reads")
+            }
             Self::Word { bytes, limit } => write!(f, "a word of {bytes} bytes exceeds {limit}"),
             Self::Token { token, vocab } => write!(f, "token {token} of a vocabulary of {vocab}"),
             Self::Empty => f.write_str("there is nothing to answer"),

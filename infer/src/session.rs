@@ -1,8 +1,8 @@
 //! One answer: the model, token after token, with a cache of keys and values.
 
+use memlayer_core::layer::Backend;
 use memlayer_core::layer::{self, Activations, Keys, Params, Projection};
 use memlayer_core::ops::dense::{Linear, NormDims, RmsNorm};
-use memlayer_core::layer::Backend;
 use memlayer_core::{ArgError, Scratch, Table};
 
 use crate::error::Error;

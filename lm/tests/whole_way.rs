@@ -4,7 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use memlayer_core::element::Format;
+use memlayer_core::{Device, Reference, Scratch};
 use memlayer_cpu::Cpu;
+use memlayer_infer::{Block, Error, Model, Runs};
 use memlayer_lm::data::Dataset;
 use memlayer_lm::eval::Questions;
 use memlayer_lm::metrics::Normalization;
@@ -13,6 +15,7 @@ use memlayer_lm::packed::{PackedModel, pack};
 use memlayer_lm::tokenizer::{EOS, Tokenizer};
 use memlayer_lm::train::{TrainConfig, Trainer, latest};
 use memlayer_lm::{MemoryConfig, ModelConfig};
+use memlayer_quantize::Image;
 
 fn facts(folder: &Path, count: usize) -> Dataset {
     let path = folder.join("facts.jsonl");
@@ -112,6 +115,46 @@ fn inference_is_training_without_candle() {
     }
 }
 
+/// `memlayer-infer` gives the answers of the batched reader, on the CPU backend and on the reference.
+fn answered_without_an_allocator(model: &PackedModel<Vec<u8>>, bytes: &[u8], data: &Dataset, cpu: &Cpu) {
+    let image = Image::parse(bytes).expect("an image");
+    let mut blocks = [Block::default(); 2];
+    let small = Model::open(&image, &mut blocks).expect("a model");
+    let reference = Reference::<f32>::new();
+    for example in &data.train {
+        let prompt = model.tokenizer().prompt(&example.question).expect("a prompt");
+        let answers = model.with_reader(|reader| reader.answer(cpu, &[&prompt], 6, false)).expect("answers");
+        let mut tokens = [0; 48];
+        assert_eq!(small.prompt(&example.question, &mut tokens).expect("a prompt"), prompt);
+        for found in [answer(&small, cpu, &prompt), answer(&small, &reference, &prompt)] {
+            assert_eq!(answers[0].tokens, found, "{}", example.question);
+        }
+        let text = model.tokenizer().decode(&answers[0].tokens).expect("text");
+        assert_eq!(small.text(&answers[0].tokens, &mut [0; 64]), text);
+    }
+    let one = &mut [Block::default()];
+    assert_eq!(Model::open(&image, one).expect_err("no room"), Error::Blocks { found: 2, limit: 1 });
+    let (prompt, mut out) = ([5; 40], [0; 9]);
+    let none = Scratch { reals: &mut [][..], ids: &mut [][..] };
+    assert_eq!(
+        small.answer(cpu, &prompt, &mut out, none).expect_err("too long"),
+        Error::TooLong { found: 49, limit: 48 }
+    );
+    let none = Scratch { reals: &mut [][..], ids: &mut [][..] };
+    assert!(matches!(small.answer(cpu, &prompt[..9], &mut out, none), Err(Error::Argument(_))));
+}
+
+/// What a device answers with no more scratch than it asked for, all of it NaN at first.
+fn answer<D: Runs>(model: &Model<'_, '_>, device: &D, prompt: &[u32]) -> Vec<u32>
+where
+    for<'x> D: Device<ViewMut<'x, u32> = &'x mut [u32]>,
+{
+    let req = model.scratch(device, prompt.len() + 6);
+    let (mut reals, mut ids) = (vec![f32::NAN; req.reals], vec![u32::MAX; req.ids]);
+    let scratch = Scratch { reals: &mut reals[..], ids: &mut ids[..] };
+    model.answer(device, prompt, &mut [0; 6], scratch).expect("an answer").to_vec()
+}
+
 #[test]
 fn facts_are_learned_packed_and_answered() {
     let (folder, cpu) = (tempfile::tempdir().expect("a folder"), cpu());
@@ -130,6 +173,8 @@ fn facts_are_learned_packed_and_answered() {
         let recall = model
             .with_reader(|reader| questions.ask(reader, &cpu, model.tokenizer(), Normalization::Squad, |_, _, _| {}));
         assert!((recall.expect("recall").em - 1.0).abs() < 1e-9, "{format}");
+
+        answered_without_an_allocator(&model, &bytes, &data, &cpu);
 
         let mut flipped = bytes.clone();
         flipped[bytes.len() / 2] ^= 4;

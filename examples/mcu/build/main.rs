@@ -35,5 +35,27 @@ fn main() -> Done<()> {
     let recorded = record::recorded(&model)?;
     std::fs::write(Path::join(&out, "model.image"), &model)?;
     std::fs::write(Path::join(&out, "recorded.image"), recorded)?;
+    world(&out)
+}
+
+/// The packed language model of `MEMLAYER_MODEL`, or that of the tour, and its sizes as a constant.
+fn world(out: &Path) -> Done<()> {
+    println!("cargo:rerun-if-env-changed=MEMLAYER_MODEL");
+    let path = std::env::var_os("MEMLAYER_MODEL").map_or_else(|| "../../data/world-int8.mem".into(), PathBuf::from);
+    println!("cargo:rerun-if-changed={}", path.display());
+    let bytes = std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+    let mut aligned = vec![0u64; bytes.len().div_ceil(8)];
+    let whole = bytes_of(&mut aligned, &bytes);
+    let image = memlayer_quantize::Image::parse(whole).map_err(|e| format!("{}: {e}", path.display()))?;
+    let sizes = memlayer_infer::Sizes::decode(image.bytes("model")?)?;
+    std::fs::write(Path::join(out, "sizes.rs"), format!("{sizes:?}"))?;
+    std::fs::write(Path::join(out, "world.image"), &bytes)?;
     Ok(())
+}
+
+/// `bytes`, laid where an image is read in place.
+fn bytes_of<'a>(place: &'a mut [u64], bytes: &[u8]) -> &'a [u8] {
+    let place: &mut [u8] = bytemuck::cast_slice_mut(place);
+    place[..bytes.len()].copy_from_slice(bytes);
+    &place[..bytes.len()]
 }

@@ -62,7 +62,8 @@ impl Merge {
     #[must_use]
     pub fn encode(&self) -> [u8; 16] {
         let mut bytes = [0; 16];
-        for (place, word) in bytes.as_chunks_mut::<4>().0.iter_mut().zip([self.left, self.right, self.rank, self.token]) {
+        for (place, word) in bytes.as_chunks_mut::<4>().0.iter_mut().zip([self.left, self.right, self.rank, self.token])
+        {
             *place = word.to_le_bytes();
         }
         bytes
@@ -96,12 +97,7 @@ impl<'a> Tokenizer<'a> {
         if text.len() != word(3) {
             return Err(fail("has bytes that belong to nothing"));
         }
-        Ok(Self {
-            bytes: bytes.as_chunks().0,
-            starts: starts.as_chunks().0,
-            merges: merges.as_chunks().0,
-            text,
-        })
+        Ok(Self { bytes: bytes.as_chunks().0, starts: starts.as_chunks().0, merges: merges.as_chunks().0, text })
     }
 
     /// Reads all of it once: tokens are where they are said to be, merges in order and of tokens, and each makes the text of

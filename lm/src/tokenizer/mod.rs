@@ -266,8 +266,35 @@ mod tests {
         let theirs = theirs(&ours);
         let mut random = memlayer_core::Random::new(5);
         let pieces = [
-            " ", "  ", "\n", "\t", "\u{a0}", "\u{3000}", "a", "What", "capital", "é", "日本", "Ⅷ", "½", "7", "42", "'", "'s",
-            "'ll", "'LL", "?", "...", "\u{1f600}", "\u{301}", "\u{200b}", "\u{378}", "São", "-", "\r\n", "\0",
+            " ",
+            "  ",
+            "\n",
+            "\t",
+            "\u{a0}",
+            "\u{3000}",
+            "a",
+            "What",
+            "capital",
+            "é",
+            "日本",
+            "Ⅷ",
+            "½",
+            "7",
+            "42",
+            "'",
+            "'s",
+            "'ll",
+            "'LL",
+            "?",
+            "...",
+            "\u{1f600}",
+            "\u{301}",
+            "\u{200b}",
+            "\u{378}",
+            "São",
+            "-",
+            "\r\n",
+            "\0",
         ];
         for _ in 0..20_000 {
             let text: String = (0..random.below(9)).map(|_| pieces[random.below(pieces.len())]).collect();

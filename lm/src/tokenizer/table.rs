@@ -65,7 +65,8 @@ pub(super) fn of_json(json: &str) -> Result<Vec<u8>> {
         let place = texts.get_mut(id as usize);
         *place.ok_or_else(|| wrong(format!("token {id} of {}", model.vocab.len())))? = Some(raw);
     }
-    let texts: Vec<Vec<u8>> = texts.into_iter().collect::<Option<_>>().ok_or_else(|| wrong("two tokens have one number"))?;
+    let texts: Vec<Vec<u8>> =
+        texts.into_iter().collect::<Option<_>>().ok_or_else(|| wrong("two tokens have one number"))?;
     let id = |text: &str| model.vocab.get(text).copied().ok_or_else(|| wrong(format!("`{text}` is no token")));
     let mut merges = Vec::new();
     for (rank, (left, right)) in (0u32..).zip(&model.merges) {
