@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 use memlayer_core::config::Kind;
 use memlayer_core::{Config, DenseRows, E4m3, E5m2, F16, Random, Reference};
+use memlayer_infer::tokenizer::Merge;
+use memlayer_infer::{MemorySizes, Sizes};
 use memlayer_quantize::image::{Section, Writer, encoded_len};
 use memlayer_tests::layer::{LayerInputs, parameters};
 use safetensors::tensor::{Dtype, TensorView, serialize};
@@ -19,6 +21,12 @@ fn main() -> Done<()> {
         for mode in [0u8, 1] {
             write("image", &format!("{name}-{mode}"), &[&[mode], &image[..]].concat())?;
         }
+    }
+    let text = b"What is it?";
+    let (sized, tokenizer) = (|kind: u8| kind | (text.len() as u8) << 2, tokenizer());
+    write("infer", "tokenizer", &[&[sized(0)][..], &text[..], &tokenizer[..]].concat())?;
+    for (name, layers) in [("dense", 0), ("memory", 2)] {
+        write("infer", name, &[&[sized(1)][..], &text[..], &model(layers, &tokenizer)?[..]].concat())?;
     }
     for (name, bytes) in goldens()? {
         write("golden", &name, &bytes)?;
@@ -80,6 +88,84 @@ fn everything() -> Done<Vec<u8>> {
         writer.dense("f16", &[F16::ONE; 4])?;
         writer.bytes("text", b"sines")?;
         writer.bytes("none", b"")?;
+        Ok(())
+    })
+}
+
+/// The tokenizer of a model: all bytes and two merges.
+fn tokenizer() -> Vec<u8> {
+    let mut texts: Vec<Vec<u8>> = ["<pad>", "<bos>", "<sep>", "<eos>"].map(|text| text.into()).to_vec();
+    texts.extend((0..=255u8).map(|byte| vec![byte]));
+    texts.extend([b"is".to_vec(), b" is".to_vec()]);
+    let of = |byte: u8| 4 + u32::from(byte);
+    let merges = [
+        Merge { left: of(b' '), right: 260, rank: 1, token: 261 },
+        Merge { left: of(b'i'), right: of(b's'), rank: 0, token: 260 },
+    ];
+    let word = |n: usize| (n as u32).to_le_bytes();
+    let mut out = [1, texts.len(), merges.len(), texts.iter().map(Vec::len).sum()].map(word).concat();
+    (0..256).for_each(|byte| out.extend(word(4 + byte)));
+    let mut start = 0;
+    for text in &texts {
+        out.extend(word(start));
+        start += text.len();
+    }
+    out.extend(word(start));
+    merges.iter().for_each(|merge| out.extend(merge.encode()));
+    out.extend(texts.concat());
+    out
+}
+
+/// A language model of two blocks, with a memory where bits of `layers` say so.
+fn model(layers: u64, tokenizer: &[u8]) -> Done<Vec<u8>> {
+    let memory = MemorySizes { layers, heads: 1, sub_keys: 3, half_dim: 2, top_k: 2 };
+    let memory = (layers != 0).then_some(memory);
+    let sizes = Sizes { vocab: 262, dim: 4, layers: 2, heads: 2, hidden: 3, context: 40, memory };
+    let mut dense = vec![("embedding.weight".to_owned(), 262, 4), ("norm.weight".to_owned(), 1, 4)];
+    let mut keys = Vec::new();
+    for layer in 0..2 {
+        let mut push = |name: &str, rows, dim| dense.push((format!("layers.{layer}.{name}"), rows, dim));
+        push("attention_norm.weight", 1, 4);
+        push("attention.qkv.weight", 12, 4);
+        push("attention.out.weight", 4, 4);
+        push("feed_forward_norm.weight", 1, 4);
+        if layers >> layer & 1 == 0 {
+            push("feed_forward.up.weight", 6, 4);
+            push("feed_forward.down.weight", 4, 3);
+            continue;
+        }
+        push("memory.query_proj.query_mlps.0.weight", 4, 4);
+        push("memory.query_proj.query_mlps.0.bias", 1, 4);
+        push("memory.query_norm.weight", 1, 4);
+        push("memory.swilu_projection.weight", 4, 4);
+        push("memory.swilu_projection.bias", 1, 4);
+        push("memory.value_proj.weight", 4, 4);
+        push("memory.value_proj.bias", 1, 4);
+        keys.push(format!("layers.{layer}.memory.keys"));
+    }
+    let values: Vec<f32> = (0..262 * 4).map(|i| (i as f32 * 0.7).sin()).collect();
+    let mut plan = vec![Section::bytes("model", Sizes::LEN)?, Section::bytes("tokenizer", tokenizer.len())?];
+    for (name, rows, dim) in &dense {
+        plan.push(Section::dense::<f32>(name, *rows, *dim)?);
+    }
+    for name in &keys {
+        plan.push(Section::rows::<i8>(name, 6, 2, 2)?);
+    }
+    if memory.is_some() {
+        plan.push(Section::rows::<i8>("values", 9, 4, 4)?);
+    }
+    image(&mut plan, |writer| {
+        writer.bytes("model", &sizes.encode()?)?;
+        writer.bytes("tokenizer", tokenizer)?;
+        for (name, rows, dim) in &dense {
+            writer.dense(name, &values[..rows * dim])?;
+        }
+        for name in &keys {
+            writer.pack(name, &DenseRows::new(&values[..12], 2), &mut [0i8; 2])?;
+        }
+        if memory.is_some() {
+            writer.pack("values", &DenseRows::new(&values[..36], 4), &mut [0i8; 4])?;
+        }
         Ok(())
     })
 }

@@ -33,7 +33,7 @@ pub fn sigmoid(x: f32) -> f32 {
 
 /// `silu(gate) · up` where each row of `x` (`[.., 2·width]`) is gate, then up; `out` (`[.., width]`) is overwritten.
 pub fn gate(x: &[f32], width: usize, out: &mut [f32]) {
-    for (row, out) in x.chunks_exact(2 * width.max(1)).zip(out.chunks_exact_mut(width.max(1))) {
+    for (row, out) in x.chunks_exact(width.max(1).saturating_mul(2)).zip(out.chunks_exact_mut(width.max(1))) {
         let (gate, up) = row.split_at(width.min(row.len()));
         for ((out, &g), &u) in out.iter_mut().zip(gate).zip(up) {
             *out = g * sigmoid(g) * u;

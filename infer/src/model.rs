@@ -223,14 +223,14 @@ impl<'b, 'a> Model<'b, 'a> {
             let feed_forward = match memory {
                 Some(config) if sizes.is_memory(layer) => FeedForward::Memory(sections.memory(config)?),
                 _ => FeedForward::Dense {
-                    up: sections.dense("feed_forward.up.weight", 2 * hidden * d)?,
-                    down: sections.dense("feed_forward.down.weight", hidden * d)?,
+                    up: sections.dense("feed_forward.up.weight", hidden.saturating_mul(2 * d))?,
+                    down: sections.dense("feed_forward.down.weight", hidden.saturating_mul(d))?,
                 },
             };
             *block = Block {
                 attention_norm: sections.dense("attention_norm.weight", d)?,
-                qkv: sections.dense("attention.qkv.weight", 3 * d * d)?,
-                out: sections.dense("attention.out.weight", d * d)?,
+                qkv: sections.dense("attention.qkv.weight", d.saturating_mul(3 * d))?,
+                out: sections.dense("attention.out.weight", d.saturating_mul(d))?,
                 feed_forward_norm: sections.dense("feed_forward_norm.weight", d)?,
                 feed_forward,
             };

@@ -60,7 +60,7 @@ impl<'m, 'b, 'a, 's, D: Runs> Session<'m, 'b, 'a, 's, D> {
         let (added, scratch) = scratch.take_reals(d);
         let (wide, scratch) = scratch.take_reals((3 * d).max(2 * hidden));
         let (gated, scratch) = scratch.take_reals(d.max(hidden));
-        let (angles, scratch) = scratch.take_reals(d / sizes.heads);
+        let (angles, scratch) = scratch.take_reals(sizes.head_dim());
         let (attention, scratch) = scratch.take_reals(capacity);
         let (logits, scratch) = scratch.take_reals(sizes.vocab);
         let (cache, memory) = scratch.take_reals(2 * sizes.layers * d * capacity);
@@ -94,7 +94,7 @@ impl<'m, 'b, 'a, 's, D: Runs> Session<'m, 'b, 'a, 's, D> {
         let start = (token as usize).saturating_mul(d);
         let row = model.embedding.get(start..start.saturating_add(d));
         let row = row.ok_or(Error::Token { token, vocab: sizes.vocab })?;
-        self.buffers.x.copy_from_slice(row);
+        copy(self.buffers.x, row);
         angles(position, self.buffers.angles);
         let last = model.blocks.len().saturating_sub(1);
         for (layer, block) in model.blocks.iter().enumerate() {
@@ -133,22 +133,24 @@ impl<'m, 'b, 'a, 's, D: Runs> Session<'m, 'b, 'a, 's, D> {
     /// Puts the token's keys and values (in `wide`, behind its queries) into the cache of a block, and, if it is asked for,
     /// the sums of the values it attends to into `gated`.
     fn attend(&mut self, layer: usize, wanted: bool) {
-        let (d, heads) = (self.model.sizes.dim, self.model.sizes.heads);
-        let (position, capacity, width) = (self.past, self.capacity, d / heads);
+        let (d, width) = (self.model.sizes.dim, self.model.sizes.head_dim());
+        let (position, capacity) = (self.past, self.capacity);
         let Buffers { wide, gated, angles, attention, cache, .. } = &mut self.buffers;
         let (q, rest) = split(wide, d);
         let (k, rest) = split(rest, d);
         let (v, _) = split(rest, d);
         let Some(cache) = cache.chunks_exact_mut((2 * d * capacity).max(1)).nth(layer) else { return };
         let (keys, values) = split(cache, d * capacity);
-        let caches = keys.chunks_exact_mut(width * capacity).zip(values.chunks_exact_mut(width * capacity));
+        let one = (width * capacity).max(1);
+        let caches = keys.chunks_exact_mut(one).zip(values.chunks_exact_mut(one));
+        let width = width.max(1);
         let parts = q.chunks_exact_mut(width).zip(k.chunks_exact_mut(width).zip(v.chunks_exact(width)));
         for (((q, (k, v)), (keys, values)), out) in parts.zip(caches).zip(gated.chunks_exact_mut(width)) {
             turn(k, angles);
             let at = position * width;
             for (row, new) in [(&mut *keys, &*k), (&mut *values, v)] {
                 if let Some(row) = row.get_mut(at..at + width) {
-                    row.copy_from_slice(new);
+                    copy(row, new);
                 }
             }
             if !wanted {
@@ -169,6 +171,12 @@ impl<'m, 'b, 'a, 's, D: Runs> Session<'m, 'b, 'a, 's, D> {
 fn split(values: &mut [f32], len: usize) -> (&mut [f32], &mut [f32]) {
     let len = len.min(values.len());
     values.split_at_mut(len)
+}
+
+fn copy(to: &mut [f32], from: &[f32]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = *from;
+    }
 }
 
 fn add(x: &mut [f32], y: &[f32]) {

@@ -147,6 +147,15 @@ impl Sizes {
         Ok(())
     }
 
+    /// Width of an attention head, at least 1.
+    #[must_use]
+    pub const fn head_dim(&self) -> usize {
+        match self.dim.checked_div(self.heads) {
+            None | Some(0) => 1,
+            Some(width) => width,
+        }
+    }
+
     /// Whether block `layer` has a memory in place of its dense feed-forward.
     #[must_use]
     pub const fn is_memory(&self, layer: usize) -> bool {
@@ -182,7 +191,7 @@ impl Sizes {
         let (d, h) = (self.dim, self.hidden);
         let wide = if 3 * d > 2 * h { 3 * d } else { 2 * h };
         let gated = if d > h { d } else { h };
-        let own = 3 * d + wide + gated + d / self.heads + tokens + self.vocab;
+        let own = 3 * d + wide + gated + self.head_dim() + tokens + self.vocab;
         let cache = (2 * self.layers * d).saturating_mul(tokens);
         ScratchReq::new(own.saturating_add(cache), 0).and(memory)
     }

@@ -7,6 +7,7 @@
 //! `[256]` `u32`; where each token's text begins, `[V + 1]` `u32`; merges ordered by their pair, `[M]` of left, right, rank and
 //! token, `u32`; T bytes of text. Tokens 0 to 3 are [`PAD`], [`BOS`], [`SEP`] and [`EOS`].
 
+mod ranges;
 mod split;
 
 use crate::error::Error;
@@ -186,9 +187,12 @@ impl<'a> Tokenizer<'a> {
             if let Some(left) = tokens.get_mut(at) {
                 *left = merge.token;
             }
-            // What stands behind moves up by one; `at + 2` is no further than `len`.
-            if at + 2 <= len && len <= tokens.len() {
-                tokens.copy_within(at + 2..len, at + 1);
+            // What stands behind moves up by one.
+            let (_, behind) = tokens.split_at_mut((at + 1).min(tokens.len()));
+            for i in 1..behind.len() {
+                if let Some([to, from]) = behind.get_mut(i - 1..=i) {
+                    *to = *from;
+                }
             }
             len -= 1;
         }

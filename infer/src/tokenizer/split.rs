@@ -1,7 +1,7 @@
 //! Words of a text, as byte-level byte-pair encoding has them since GPT-2:
 //! `'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`.
 
-use unicode_general_category::{GeneralCategory as G, get_general_category};
+use super::ranges::{LETTERS, NUMBERS};
 
 /// What a character is to the expression.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,12 +25,17 @@ impl Class {
         if c.is_whitespace() {
             return Self::Space;
         }
-        match get_general_category(c) {
-            G::UppercaseLetter | G::LowercaseLetter | G::TitlecaseLetter | G::ModifierLetter | G::OtherLetter => {
-                Self::Letter
-            }
-            G::DecimalNumber | G::LetterNumber | G::OtherNumber => Self::Number,
-            _ => Self::Other,
+        let code = u32::from(c);
+        let among = |ranges: &[(u32, u32)]| {
+            let before = ranges.partition_point(|&(_, end)| end < code);
+            ranges.get(before).is_some_and(|&(start, _)| start <= code)
+        };
+        if among(&LETTERS) {
+            Self::Letter
+        } else if among(&NUMBERS) {
+            Self::Number
+        } else {
+            Self::Other
         }
     }
 }
@@ -100,7 +105,24 @@ impl<'t> Iterator for Words<'t> {
 
 #[cfg(test)]
 mod tests {
-    use super::Words;
+    use unicode_general_category::{GeneralCategory as G, get_general_category};
+
+    use super::{Class, Words};
+
+    #[test]
+    fn classes_are_the_general_categories() {
+        for c in '\u{80}'..=char::MAX {
+            let class = match get_general_category(c) {
+                _ if c.is_whitespace() => Class::Space,
+                G::UppercaseLetter | G::LowercaseLetter | G::TitlecaseLetter | G::ModifierLetter | G::OtherLetter => {
+                    Class::Letter
+                }
+                G::DecimalNumber | G::LetterNumber | G::OtherNumber => Class::Number,
+                _ => Class::Other,
+            };
+            assert_eq!(Class::of(c), class, "{c:?}");
+        }
+    }
 
     /// The words of a text that begins with a space, so that none is put in front.
     #[track_caller]

@@ -1,5 +1,5 @@
-//! A program of inference alone: an image is parsed, verified and read, and a layer runs over it on the reference
-//! backend, in every format. Its panic handler calls a function that exists nowhere. So if it links, no panic can be
+//! A program of inference alone: an image is parsed, verified and read, a layer runs over it on the reference
+//! backend, in every format, and a whole language model answers a question. Its panic handler calls a function that exists nowhere. So if it links, no panic can be
 //! reached: no index out of bounds, no division by zero, no `unwrap`, for any bytes as the image and any sizes,
 //! which all come from behind `black_box`.
 //!
@@ -19,6 +19,7 @@ use memlayer_core::{
     ArgError, Bf16, Config, DenseRows, E4m3, E5m2, Element, F16, Int4, Reference, Row, RowStore, ScaledRows, Scratch,
     Table,
 };
+use memlayer_infer::{Block, Error, Model};
 use memlayer_quantize::image::{Entry, Image, ImageError};
 
 type Device = Reference<f32>;
@@ -28,6 +29,11 @@ struct Wrong;
 
 impl From<ArgError> for Wrong {
     fn from(_: ArgError) -> Self {
+        Self
+    }
+}
+impl From<Error> for Wrong {
+    fn from(_: Error) -> Self {
         Self
     }
 }
@@ -132,8 +138,26 @@ fn layer<E: Element>(bytes: &[u8], m: &mut Memory<'_>) -> Result<(), Wrong> {
     Ok(())
 }
 
+/// A language model out of an image: its tokenizer, a question, an answer.
+fn model(bytes: &[u8], m: &mut Memory<'_>) -> Result<(), Wrong> {
+    let image = Image::parse(bytes)?;
+    let mut blocks = black_box([Block::default(); 4]);
+    let model = Model::open(&image, black_box(&mut blocks[..]))?;
+    black_box(model.sizes().encode()?);
+    let device = Device::new();
+    let (question, tokens) = (black_box("What is it?"), black_box(9));
+    let prompt = model.prompt(question, &mut *m.more_ids)?;
+    black_box(model.scratch(&device, tokens));
+    let (reals, (ids, out)) = (&mut *m.reals, m.ids.split_at_mut_checked(black_box(400)).ok_or(Wrong)?);
+    let answer = model.answer(&device, prompt, out, Scratch { reals, ids })?;
+    let mut text = black_box([0; 64]);
+    black_box(model.text(answer, black_box(&mut text[..])));
+    Ok(())
+}
+
 fn all(bytes: &[u8], m: &mut Memory<'_>) -> Result<(), Wrong> {
     black_box(read(bytes)?);
+    model(bytes, m)?;
     dense(m)?;
     let codes = black_box([0.5f32; 64]);
     operations(&DenseRows::new(black_box(&codes[..]), black_box(4)), m)?;
