@@ -57,6 +57,7 @@ pub struct Block<'a> {
     pub(crate) feed_forward: FeedForward<'a>,
 }
 
+#[allow(clippy::large_enum_variant, reason = "without an allocator there is no box, and the blocks are few")]
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum FeedForward<'a> {
     Dense { up: &'a [f32], down: &'a [f32] },
