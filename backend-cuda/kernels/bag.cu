@@ -163,22 +163,25 @@ __device__ __forceinline__ void dot_rows(
 #endif
 
 #if ELEM == I4 || ELEM == I4X64
-// Rows of 4-bit integers: `codes` is ceil(dim / GROUP) groups of GROUP_BYTES, wherever they begin. A lane reads two bytes
-// of a group, which are values p, p + 1, p + GROUP / 2 and p + GROUP / 2 + 1 of it, and owns those columns.
+// Rows of 4-bit integers: `codes` is ceil(dim / GROUP) groups of GROUP_BYTES, wherever they begin. A lane reads four bytes
+// of a group, which are its values p to p + 3 and p + GROUP / 2 to p + GROUP / 2 + 3, and owns those columns.
 #define GROUP (ELEM == I4 ? 32u : 64u)
 #define GROUP_BYTES (2u + GROUP / 2u)
-#define GROUP_LANES (GROUP / 4u)
+#define GROUP_LANES (GROUP / 8u)
 
 __device__ __forceinline__ u32 load_pair(const u8* p, u32 even) {
     return even ? (u32)__ldg((const u16*)p) : (u32)__ldg(p) | (u32)__ldg(p + 1) << 8;
 }
 
-// The four values of a lane: exact, for a scale has 11 bits and an integer 4.
-__device__ __forceinline__ void decode_pair(u32 pair, u32 scale, float (&x)[4]) {
+// Four bytes where two of them are aligned at best.
+__device__ __forceinline__ u32 load_codes(const u8* p, u32 even) { return load_pair(p, even) | load_pair(p + 2, even) << 16; }
+
+// The eight values of a lane: exact, for a scale has 11 bits and an integer 4.
+__device__ __forceinline__ void decode_codes(u32 codes, u32 scale, float (&x)[8]) {
     const float s = half_to_float(scale);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const u32 nibble = (pair >> (8 * (i % 2) + 4 * (i / 2))) & 15u;
+    for (int i = 0; i < 8; i++) {
+        const u32 nibble = (codes >> (8 * (i % 4) + 4 * (i / 4))) & 15u;
         x[i] = s * (__uint_as_float(nibble | 0x4b000000u) - 8388616.0f);
     }
 }
@@ -188,11 +191,11 @@ struct Place {
     u32 scale, codes, column;
 };
 __device__ __forceinline__ Place place_of(u32 pair) {
-    const u32 group = pair / GROUP_LANES, p = pair % GROUP_LANES * 2;
+    const u32 group = pair / GROUP_LANES, p = pair % GROUP_LANES * 4;
     return {group * GROUP_BYTES, group * GROUP_BYTES + 2 + p, group * GROUP + p};
 }
 __device__ __forceinline__ u32 column_of(const Place& place, int i) {
-    return place.column + i % 2 + (i / 2) * (GROUP / 2);
+    return place.column + i % 4 + (i / 4) * (GROUP / 2);
 }
 
 #define FLIGHT 8
@@ -210,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(128)
     ids += real ? token * bag : 0;
     weights += real ? token * bag : 0;
     u32 greatest = 0;
-    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float sum[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
     for (u32 base = 0; base < bag; base += team) {
         const u32 wanted = base + lane < bag ? __ldg(ids + base + lane) : 0u;
         const float weight = base + lane < bag ? __ldg(weights + base + lane) : 0.0f;
@@ -223,16 +226,16 @@ extern "C" __global__ void __launch_bounds__(128)
             for (int r = 0; r < FLIGHT; r++) {
                 const u8* row = table + __shfl_sync(FULL, id, min(l + r, count - 1), team) * stride;
                 scale[r] = load_pair(row + place.scale, even);
-                codes[r] = load_pair(row + place.codes, even);
+                codes[r] = load_codes(row + place.codes, even);
             }
 #pragma unroll
             for (int r = 0; r < FLIGHT; r++) {
                 const float w = __shfl_sync(FULL, weight, min(l + r, count - 1), team);
-                float x[4];
-                decode_pair(codes[r], scale[r], x);
+                float x[8];
+                decode_codes(codes[r], scale[r], x);
                 if (l + r < count) {
 #pragma unroll
-                    for (int i = 0; i < 4; i++) sum[i] += w * x[i];
+                    for (int i = 0; i < 8; i++) sum[i] += w * x[i];
                 }
             }
         }
@@ -240,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(128)
     if (real && greatest > last) raise_flag(flag, op, greatest, rows);
     if (!mine) return;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 8; i++) {
         const u32 column = column_of(place, i);
         float* to = out + token * dim + column;
         if (column < dim) *to = accumulate ? *to + sum[i] : sum[i];
@@ -271,9 +274,9 @@ extern "C" __global__ void __launch_bounds__(128)
     }
     for (u32 pair = lane; pair < pairs; pair += team) {
         const Place place = place_of(pair);
-        float v[4];
+        float v[8];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < 8; i++) {
             const u32 column = column_of(place, i);
             v[i] = column < dim ? __ldg(vectors + token * dim + column) : 0.0f;
         }
@@ -282,14 +285,14 @@ extern "C" __global__ void __launch_bounds__(128)
         for (int r = 0; r < ROWS; r++) {
             const u8* at = table + row[r] * stride;
             scale[r] = load_pair(at + place.scale, even);
-            codes[r] = load_pair(at + place.codes, even);
+            codes[r] = load_codes(at + place.codes, even);
         }
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            float x[4];
-            decode_pair(codes[r], scale[r], x);
+            float x[8];
+            decode_codes(codes[r], scale[r], x);
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
+            for (int i = 0; i < 8; i++) {
                 // What pads a last group out may be any code, with any scale.
                 if (column_of(place, i) < dim) dot[r] = fmaf(v[i], x[i], dot[r]);
             }

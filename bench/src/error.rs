@@ -24,6 +24,9 @@ pub(crate) enum BenchError {
     /// The backend could not be made.
     #[error(transparent)]
     Cpu(#[from] memlayer_cpu::CpuError),
+    /// The GPU's.
+    #[error(transparent)]
+    Cuda(#[from] memlayer_cuda::CudaError),
     /// Rows of a file could not be read.
     #[error(transparent)]
     File(#[from] memlayer_cpu::FileError),

@@ -3,6 +3,7 @@
 //! Every row compares medians of interleaved pairs measured in one run on one machine. Speed decides no test.
 
 mod cpu;
+mod cuda;
 mod disk;
 mod error;
 mod peer;
@@ -31,6 +32,8 @@ struct Cli {
 enum Command {
     /// The CPU backend, the limits of this machine, and PyTorch and FBGEMM where Python has them.
     Cpu(Options),
+    /// The CUDA backend, a device copy, and PyTorch and Triton where Python has them.
+    Cuda(cuda::Options),
     /// A table in a file, larger than the memory that a process may take.
     Disk(disk::Options),
     /// One way to hold a table, for `disk`.
@@ -69,6 +72,7 @@ struct Options {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Cpu(options) => cpu::run(&options),
+        Command::Cuda(options) => cuda::run(&options),
         Command::Disk(options) => disk::run(&options),
         Command::Serve(serve) => disk::serve(&serve),
     };

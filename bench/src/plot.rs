@@ -65,8 +65,8 @@ pub(crate) fn write(folder: &Path, machine: &str, rows: &[Row]) -> Result<(), Be
     chart(&folder.join("bag-slots.svg"), "bag_sum, 256 tokens, V = 256", ("slots", "us"), curves)
 }
 
-/// Curves over logarithmic axes.
-fn chart(
+/// Curves over logarithmic axes. Those of all a run measured go up to the right, so their names stand below.
+pub(crate) fn chart(
     path: &Path,
     title: &str,
     (x, y): (&str, &str),
@@ -74,26 +74,37 @@ fn chart(
 ) -> Result<(), BenchError> {
     curves.retain(|(_, points)| points.len() > 1);
     for (_, points) in &mut curves {
+        points.iter_mut().for_each(|point| point.0 = point.0.log2());
         points.sort_by(|a, b| a.0.total_cmp(&b.0));
     }
     let all = || curves.iter().flat_map(|(_, points)| points);
-    let range = |of: fn(&(f64, f64)) -> f64| {
-        let (low, high) = all().map(of).fold((f64::INFINITY, 0.0f64), |(a, b), x| (a.min(x), b.max(x)));
-        (low / 1.3)..(high * 1.3)
+    let ends = |of: fn(&(f64, f64)) -> f64| {
+        all().map(of).fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), x| (a.min(x), b.max(x)))
     };
+    // A name is a twentieth of the height, and stands below the curves.
+    let ((left, right), (low, high)) = (ends(|p| p.0), ends(|p| p.1));
+    let below = (high / low).powf(0.05 * curves.len() as f64).max(1.3);
+    let sizes = |x: &f64| if *x < 16.0 { format!("{:.0}", x.exp2()) } else { format!("2^{x:.0}") };
     if curves.is_empty() {
         return Ok(());
     }
     let draw = || -> Result<(), Box<dyn core::error::Error>> {
-        let root = SVGBackend::new(path, (640, 440)).into_drawing_area();
+        let root = SVGBackend::new(path, (720, 480)).into_drawing_area();
         root.fill(&WHITE)?;
         let mut chart = ChartBuilder::on(&root)
             .caption(title, ("sans-serif", 17))
             .margin(12)
             .x_label_area_size(36)
             .y_label_area_size(64)
-            .build_cartesian_2d(range(|p| p.0).log_scale(), range(|p| p.1).log_scale())?;
-        chart.configure_mesh().x_desc(x).y_desc(y).light_line_style(WHITE).label_style(("sans-serif", 12)).draw()?;
+            .build_cartesian_2d(left - 0.3..right + 0.3, (low / below..high * 1.3).log_scale())?;
+        chart
+            .configure_mesh()
+            .x_desc(x)
+            .y_desc(y)
+            .x_label_formatter(&sizes)
+            .light_line_style(WHITE)
+            .label_style(("sans-serif", 12))
+            .draw()?;
         for ((name, points), color) in curves.iter().zip(COLORS.iter().cycle()) {
             let drawn =
                 chart.draw_series(LineSeries::new(points.iter().copied(), color.stroke_width(2)).point_size(3))?;
@@ -102,7 +113,7 @@ fn chart(
         }
         chart
             .configure_series_labels()
-            .position(SeriesLabelPosition::UpperLeft)
+            .position(SeriesLabelPosition::LowerRight)
             .background_style(WHITE.mix(0.8))
             .border_style(BLACK.mix(0.2))
             .label_font(("sans-serif", 12))

@@ -31,10 +31,10 @@ impl Reading {
         Self { lane, team: (dim / lane).next_power_of_two().clamp(8, 32) }
     }
 
-    /// Of 4-bit integers in groups of `group`: two bytes, four values, and a team for all of a row if it can be.
+    /// Of 4-bit integers in groups of `group`: four bytes, eight values, and a team for all of a row if it can be.
     fn packed(dim: usize, group: usize) -> Self {
-        let lanes = dim.div_ceil(group) * group / 4;
-        Self { lane: 4, team: lanes.next_power_of_two().clamp(8, 32) }
+        let lanes = dim.div_ceil(group) * group / 8;
+        Self { lane: 8, team: lanes.next_power_of_two().clamp(8, 32) }
     }
 
     /// Loads of 4 bytes, for few tokens.

@@ -1,0 +1,91 @@
+//! Sums of rows and dots with them.
+
+use memlayer_core::element::Format;
+use memlayer_core::ops::EmbeddingBag;
+use memlayer_core::ops::bag::{BagDot, BagSum};
+use memlayer_core::{Bf16, E4m3, Element, F16, Int4};
+use memlayer_cuda::{CudaError, Rows};
+
+use super::device::{Bench, SETS};
+use super::{BAG, Case, TOKENS};
+
+impl Bench<'_> {
+    /// Bags of all formats and widths, and of few and many tokens.
+    pub(super) fn bags(&self) -> Result<(), CudaError> {
+        #[allow(clippy::cast_possible_truncation, reason = "any code does")]
+        let int8 = |x: f32| (x * 30.0) as i8;
+        #[allow(clippy::cast_possible_truncation, reason = "any code does")]
+        let e4m3 = |x: f32| E4m3((x.to_bits() >> 20) as u8 & 0x77);
+        // A scale is then two such bytes: some number of about 2^-9.
+        #[allow(clippy::cast_possible_truncation, reason = "any code does")]
+        let int4 = |x: f32| Int4::<32>((x.to_bits() >> 20) as u8 & 0x1f);
+        if !self.wants("bag_sum") && !self.wants("bag_dot") {
+            return Ok(());
+        }
+        let widths: &[usize] = if self.options.quick { &[256, 1024] } else { &[64, 100, 256, 1000, 1024, 4096] };
+        for &width in widths {
+            self.bags_of(TOKENS, width, 1 << 20, |x| x)?;
+            self.bags_of(TOKENS, width, 1 << 20, Bf16::from_f32)?;
+            self.bags_of(TOKENS, width, 1 << 20, F16::from_f32)?;
+            self.bags_of(TOKENS, width, 1 << 20, int8)?;
+            self.bags_of(TOKENS, width, 1 << 20, e4m3)?;
+            self.bags_of(TOKENS, width, 1 << 20, int4)?;
+        }
+        self.bags_of(TOKENS, 1024, 1 << 22, Bf16::from_f32)?;
+        for tokens in [1, 32, 32_768] {
+            self.bags_of(tokens, 1024, 1 << 20, Bf16::from_f32)?;
+        }
+        Ok(())
+    }
+
+    /// Sums and dots of bags in one format.
+    fn bags_of<E: Element>(
+        &self,
+        tokens: usize,
+        width: usize,
+        slots: usize,
+        of: impl Fn(f32) -> E,
+    ) -> Result<(), CudaError> {
+        let codes = self.codes(slots * E::codes(width), of)?;
+        let scaled = matches!(E::FORMAT, Format::Int8 | Format::E4m3 | Format::E5m2);
+        let scales = self.cuda.upload(&vec![0.01f32; if scaled { slots } else { 0 }])?;
+        let table = match scaled {
+            true => Rows::scaled(codes.view(), scales.view(), width, width).expect("a scale for each row"),
+            false => Rows::new(codes.view(), width),
+        };
+        let entries = tokens * BAG;
+        let weights = self.reals(entries, 3)?;
+        let vectors = self.reals(tokens * width, 4)?;
+        let mut out = self.cuda.zeros::<f32>(tokens * width)?;
+        let mut dots = self.cuda.zeros::<f32>(entries)?;
+        let row_bytes = E::codes(width) * size_of::<E>() + if scaled { 4 } else { 0 };
+        let bytes = (entries * (row_bytes + 8) + tokens * width * 4) as f64;
+        for zipf in [false, true] {
+            let sets: Result<Vec<_>, _> = (0..SETS).map(|s| self.ids(entries, slots, zipf, s as u64)).collect();
+            let sets = sets?;
+            let row = Case {
+                op: "bag_sum",
+                format: E::FORMAT.name(),
+                ids: if zipf { "zipf" } else { "uniform" },
+                tokens,
+                width,
+                slots,
+            };
+            if self.wants("bag_sum") {
+                let ms = self.time(|set| {
+                    let (ids, weights, out) = (sets[set].view(), weights.view(), out.view_mut());
+                    self.cuda.bag_sum(&table, BagSum { bag: BAG, ids, weights, out, accumulate: false })
+                })?;
+                self.report(row, bytes, ms);
+            }
+            if self.wants("bag_dot") {
+                let ms = self.time(|set| {
+                    let (ids, vectors, out) = (sets[set].view(), vectors.view(), dots.view_mut());
+                    self.cuda.bag_dot(&table, BagDot { bag: BAG, ids, vectors, out })
+                })?;
+                self.report(Case { op: "bag_dot", ..row }, bytes, ms);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,128 @@
+//! Training: gradients of rows, and the whole step.
+
+use memlayer_core::ops::bag::{BagDot, BagSum};
+use memlayer_core::ops::optim::{Rounding, RowUpdate, RowwiseAdagrad, Step};
+use memlayer_core::ops::plan::{PlanBuffers, RowGradient};
+use memlayer_core::ops::{EmbeddingBag, RowReduce};
+use memlayer_core::{Bf16, Scratch};
+use memlayer_cuda::{Cuda, CudaError, Rows, TrainRows};
+
+use super::device::{Bench, SETS};
+use super::{BAG, Case, TOKENS};
+
+impl Bench<'_> {
+    /// Steps over tables of several sizes.
+    pub(super) fn steps(&self) -> Result<(), CudaError> {
+        if !self.wants("step") && !self.wants("sparse") {
+            return Ok(());
+        }
+        for zipf in [false, true] {
+            for (width, slots) in [(256, 20), (1024, 20), (4096, 20), (1024, 22), (1024, 24)] {
+                self.step(width, 1 << slots, zipf)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The parts of a training step over a bf16 table, and the whole of it.
+    fn step(&self, width: usize, slots: usize, zipf: bool) -> Result<(), CudaError> {
+        let cuda = &self.cuda;
+        let mut codes = self.codes(slots * width, Bf16::from_f32)?;
+        let mut state = cuda.zeros::<f32>(slots)?;
+        let entries = TOKENS * BAG;
+        let sets: Result<Vec<_>, _> = (0..SETS).map(|s| self.ids(entries, slots, zipf, s as u64)).collect();
+        let (sets, weights, dout) = (sets?, self.reals(entries, 3)?, self.reals(TOKENS * width, 4)?);
+        let mut out = cuda.zeros::<f32>(TOKENS * width)?;
+        let mut dots = cuda.zeros::<f32>(entries)?;
+        let mut plan_ids = cuda.zeros::<u32>(PlanBuffers::<Cuda>::ids_len(entries))?;
+        let mut plan_scratch = cuda.zeros::<u32>(cuda.plan_scratch(entries).ids)?;
+        let (mut plan, _) = PlanBuffers::<Cuda>::carve(plan_ids.view_mut(), entries)?;
+        let req = RowUpdate::<TrainRows<'_, Bf16>, RowwiseAdagrad>::reduce_and_update_scratch(cuda, width);
+        let mut slots_scratch = cuda.zeros::<f32>(req.reals)?;
+        let mut none = cuda.zeros::<f32>(0)?;
+        let mut no_ids = cuda.zeros::<u32>(0)?;
+        let mut step = Step::new(1e-3, 1);
+        step.rounding = Rounding::Stochastic { seed: 1 };
+        let rule = RowwiseAdagrad { eps: 1e-8 };
+
+        macro_rules! sum {
+            ($set:expr) => {{
+                let table = Rows::new(codes.view(), width);
+                let (ids, weights, out) = (sets[$set].view(), weights.view(), out.view_mut());
+                cuda.bag_sum(&table, BagSum { bag: BAG, ids, weights, out, accumulate: false })?;
+            }};
+        }
+        macro_rules! dot {
+            ($set:expr) => {{
+                let table = Rows::new(codes.view(), width);
+                let (ids, vectors, out) = (sets[$set].view(), dout.view(), dots.view_mut());
+                cuda.bag_dot(&table, BagDot { bag: BAG, ids, vectors, out })?;
+            }};
+        }
+        macro_rules! plan {
+            ($set:expr) => {{
+                let scratch = Scratch { reals: none.view_mut(), ids: plan_scratch.view_mut() };
+                cuda.plan(sets[$set].view(), slots, plan.reborrow(), scratch)?;
+            }};
+        }
+        macro_rules! change {
+            () => {{
+                let rows = TrainRows::new(codes.view_mut(), width, state.view_mut(), 1).expect("a state for each row");
+                let gradient = RowGradient { bag: BAG, dim: width, weights: weights.view(), sources: dout.view() };
+                let scratch = Scratch { reals: slots_scratch.view_mut(), ids: no_ids.view_mut() };
+                cuda.reduce_and_update(rows, &rule, &step, plan.plan(), gradient, scratch)?;
+            }};
+        }
+        // The rows a step touches: how many there are decides what must be moved.
+        plan!(0);
+        let mut unique = [0u32];
+        cuda.read(plan.plan().unique, &mut unique)?;
+        let unique = f64::from(unique[0]);
+        let (v, e) = (width as f64, entries as f64);
+        let (sum, dot) = (e * (v * 2.0 + 8.0) + TOKENS as f64 * v * 4.0, e * (v * 2.0 + 8.0) + TOKENS as f64 * v * 4.0);
+        // Sources are read from the second-level cache; from memory once.
+        let change = unique * (v * 4.0 + 16.0) + e * 8.0 + TOKENS as f64 * v * 4.0;
+        let ids = if zipf { "zipf" } else { "uniform" };
+        let row = Case { op: "plan", format: "bf16", ids, tokens: TOKENS, width, slots };
+        if self.wants("step") || self.wants("sparse") {
+            let ms = self.time(|set| {
+                plan!(set);
+                Ok(())
+            })?;
+            self.report(row, e * 4.0 * 14.0, ms);
+            let ms = self.time(|_| {
+                change!();
+                Ok(())
+            })?;
+            self.report(Case { op: "reduce_and_update", ..row }, change, ms);
+        }
+        if self.wants("sparse") {
+            let mut grads = cuda.zeros::<f32>(entries * width)?;
+            let bytes = unique * v * 4.0 + e * 8.0 + TOKENS as f64 * v * 4.0;
+            let ms = self.time(|_| {
+                let gradient = RowGradient { bag: BAG, dim: width, weights: weights.view(), sources: dout.view() };
+                cuda.reduce(plan.plan(), gradient, grads.view_mut())
+            })?;
+            self.report(Case { op: "reduce", ..row }, bytes, ms);
+            let ms = self.time(|set| {
+                sum!(set);
+                dot!(set);
+                plan!(set);
+                let gradient = RowGradient { bag: BAG, dim: width, weights: weights.view(), sources: dout.view() };
+                cuda.reduce(plan.plan(), gradient, grads.view_mut())
+            })?;
+            self.report(Case { op: "forward+backward", ..row }, sum + dot + bytes, ms);
+        }
+        if self.wants("step") {
+            let ms = self.time(|set| {
+                sum!(set);
+                dot!(set);
+                plan!(set);
+                change!();
+                Ok(())
+            })?;
+            self.report(Case { op: "step", ..row }, sum + dot + change, ms);
+        }
+        Ok(())
+    }
+}
