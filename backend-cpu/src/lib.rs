@@ -29,7 +29,7 @@ use core::fmt;
 use core::num::NonZeroUsize;
 use std::ffi::OsStr;
 
-pub use file::{CachedRows, FileError, FileRows, MappedFile};
+pub use file::{CachedRows, CachedView, Durability, FileError, FileRows, LoadedRows, MappedFile, TrainedFile};
 pub use isa::{Isa, UnknownIsa};
 use memlayer_core::Host;
 pub use memory::TableMemory;

@@ -8,7 +8,7 @@ use plotters::prelude::*;
 use crate::error::BenchError;
 use crate::report::{HEADING, Report, Row, line};
 
-const COLORS: [RGBColor; 8] = [
+const COLORS: [RGBColor; 10] = [
     RGBColor(0x1f, 0x77, 0xb4),
     RGBColor(0xd6, 0x27, 0x28),
     RGBColor(0x2c, 0xa0, 0x2c),
@@ -17,6 +17,8 @@ const COLORS: [RGBColor; 8] = [
     RGBColor(0x8c, 0x56, 0x4b),
     RGBColor(0x17, 0xbe, 0xcf),
     RGBColor(0x7f, 0x7f, 0x7f),
+    RGBColor(0xe3, 0x77, 0xc2),
+    RGBColor(0xbc, 0xbd, 0x22),
 ];
 
 /// Writes `cpu.txt`, `cpu.json` and the plots into `folder`.
@@ -83,8 +85,12 @@ pub(crate) fn chart(
     };
     // A name is a twentieth of the height, and stands below the curves.
     let ((left, right), (low, high)) = (ends(|p| p.0), ends(|p| p.1));
-    let below = (high / low).powf(0.05 * curves.len() as f64).max(1.3);
-    let sizes = |x: &f64| if *x < 16.0 { format!("{:.0}", x.exp2()) } else { format!("2^{x:.0}") };
+    let below = (high / low).powf(0.15 + 0.06 * curves.len() as f64).max(1.3);
+    let sizes = |x: &f64| match *x {
+        x if x.fract() != 0.0 => String::new(),
+        x if x < 16.0 => format!("{:.0}", x.exp2()),
+        x => format!("2^{x:.0}"),
+    };
     if curves.is_empty() {
         return Ok(());
     }

@@ -145,9 +145,9 @@ fn answered_without_an_allocator(model: &PackedModel<Vec<u8>>, bytes: &[u8], dat
 }
 
 /// What a device answers with no more scratch than it asked for, all of it NaN at first.
-fn answer<D: Runs>(model: &Model<'_, '_>, device: &D, prompt: &[u32]) -> Vec<u32>
+fn answer<D>(model: &Model<'_, '_>, device: &D, prompt: &[u32]) -> Vec<u32>
 where
-    for<'x> D: Device<ViewMut<'x, u32> = &'x mut [u32]>,
+    for<'x> D: Runs + Device<ViewMut<'x, u32> = &'x mut [u32]>,
 {
     let req = model.scratch(device, prompt.len() + 6);
     let (mut reals, mut ids) = (vec![f32::NAN; req.reals], vec![u32::MAX; req.ids]);

@@ -3,12 +3,11 @@
 use core::hash::{BuildHasherDefault, Hasher};
 use std::collections::HashMap;
 use std::fs::File;
-use std::io;
 use std::sync::{Mutex, PoisonError};
 
 use memlayer_core::{Element, Row, RowId, RowStore, Table};
 
-use super::FileError;
+use super::{FileError, read_exact_at};
 use crate::Cpu;
 
 /// Where the rows of a table lie in a file.
@@ -255,16 +254,6 @@ fn read_row(file: &File, start: u64, row: RowId, to: &mut [u8]) -> Result<(), Fi
     let len = to.len() as u64;
     let at = start + u64::from(row) * len;
     read_exact_at(file, to, at).map_err(|source| FileError::Io { at, len, source })
-}
-
-#[cfg(unix)]
-fn read_exact_at(file: &File, to: &mut [u8], at: u64) -> io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, to, at)
-}
-
-#[cfg(not(unix))]
-fn read_exact_at(_: &File, _: &mut [u8], _: u64) -> io::Result<()> {
-    Err(io::Error::new(io::ErrorKind::Unsupported, "reads at a place of a file are of Unix"))
 }
 
 /// Cuts pieces of `width` items out of a slice, at ascending places.

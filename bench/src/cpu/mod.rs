@@ -139,8 +139,14 @@ fn cases(options: &Options) -> Vec<Case> {
         }
     }
     for format in ["adam", "adagrad"] {
-        let sizes =
-            [(256, 256, 1 << 16), (256, 256, 1 << 20), (256, 256, 1 << 22), (256, 4096, 1 << 20), (64, 256, 1 << 16), (64, 256, 1 << 22)];
+        let sizes = [
+            (256, 256, 1 << 16),
+            (256, 256, 1 << 20),
+            (256, 256, 1 << 22),
+            (256, 4096, 1 << 20),
+            (64, 256, 1 << 16),
+            (64, 256, 1 << 22),
+        ];
         for (v, t, slots) in sizes {
             for &n in threads.iter().filter(|_| !options.quick || t == 256 && (v == 64 || slots == 1 << 20)) {
                 let case = Case::new("step", format, (v, t, slots), n);
