@@ -200,7 +200,8 @@ __device__ __forceinline__ u32 column_of(const Place& place, int i) {
 
 #define FLIGHT 8
 
-extern "C" __global__ void __launch_bounds__(128)
+// Without a bound ptxas spills a word on Hopper.
+extern "C" __global__ void __launch_bounds__(128, 4)
     bag_sum_packed(const u8* table, const float*, u64 rows, u32 dim, u32, const u32* ids, const float* weights, float* out,
                    u32 bag, u32 tokens, u32 accumulate, u32 team, u32 even, u32* flag, u32 op) {
     const u32 pairs = (dim + GROUP - 1) / GROUP * GROUP_LANES, slices = (pairs + team - 1) / team;

@@ -1,6 +1,7 @@
 // Row rules: how touched rows change. RULE says which, ELEM (F32 or BF16) what rows are stored as.
 //
-// Contract. `table.codes` holds `rows` rows of `dim` codes, `table.state` `state_len` floats a row. A block changes a row:
+// Contract. `table.codes` holds `rows` rows of `dim` codes, `table.state` `state_len` floats a row; `table.names` is null, or
+// where the rows lie in a cache the id that each has in its table, by which its noise is drawn. A block changes a row:
 // its threads own columns, VEC at a time (4 if codes, state, gradients and sources are aligned to that and VEC divides
 // dim). The operations are core's, in their order and unfused, so the bits are the reference's; a mean square is summed in
 // 16 lanes, then the lanes in order. Rules that need one take `dim` floats of dynamic shared memory. Compiled behind
@@ -36,6 +37,7 @@ struct Rows {
     u64 rows;
     u32 dim;
     u32 state_len;
+    const u32* names;
 };
 
 // What all rows of a step share; `count` is mixed already.
@@ -188,7 +190,7 @@ template <int VEC, class G>
 __device__ __forceinline__ void change_row(const Rows& table, const Step& step, u32 id, float* shared, const G& gradient) {
     u8* row = table.codes + (u64)id * table.dim * SIZE;
     float* state = table.state + (u64)id * table.state_len;
-    const u64 row_noise = step.stochastic ? mix(step.seed ^ (step.count + id)) : 0;
+    const u64 row_noise = step.stochastic ? mix(step.seed ^ (step.count + (table.names ? table.names[id] : id))) : 0;
 #if ROWWISE
     __shared__ float rate;
     gradient([&](u32 column, float(&g)[VEC]) {

@@ -22,6 +22,7 @@ pub(crate) enum File {
     Optim,
     Select,
     Dense,
+    Cache,
 }
 
 impl File {
@@ -32,6 +33,7 @@ impl File {
             Self::Optim => "optim.cu",
             Self::Select => "select.cu",
             Self::Dense => "dense.cu",
+            Self::Cache => "cache.cu",
         }
     }
     /// What is compiled, piece by piece.
@@ -42,6 +44,7 @@ impl File {
             Self::Optim => [COMMON, SUMS, include_str!("../kernels/optim.cu")],
             Self::Select => [COMMON, "", include_str!("../kernels/select.cu")],
             Self::Dense => [COMMON, "", include_str!("../kernels/dense.cu")],
+            Self::Cache => [COMMON, "", include_str!("../kernels/cache.cu")],
         }
     }
 }

@@ -6,12 +6,14 @@
 //!   contexts and streams outlive what lives in them. Every call binds the context to the calling thread first.
 //! * Device memory is only touched by work on one stream, in its order. Memory is freed in that order too, so what was
 //!   started before still finds it.
-//! * Host memory is touched by synchronous copies alone: nothing of the device's points to it when a call returns.
+//! * Host memory is touched by synchronous copies alone: nothing of the device's points to it when a call returns. The
+//!   exception is [`Pinned`], which is lent to the program while the stream is idle, and which no work outlives.
 //! * Device pointers come from views ([`crate::View`], [`crate::ViewMut`]), which borrow the buffers they point into.
 //!   The operations check every length before they launch, and the kernels every id. An error there could only damage
 //!   device memory or end the context; no host memory can be reached from a kernel.
 
 use core::ffi::{CStr, c_char, c_int, c_void};
+use core::ptr::NonNull;
 use std::ffi::CString;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -117,12 +119,17 @@ impl Stream {
 
     /// Zeroes bytes of device memory.
     pub(crate) fn zero(&self, pointer: u64, bytes: usize) -> Result<(), CudaError> {
+        self.fill(pointer, 0, bytes)
+    }
+
+    /// Sets bytes of device memory.
+    pub(crate) fn fill(&self, pointer: u64, byte: u8, bytes: usize) -> Result<(), CudaError> {
         if bytes == 0 {
             return Ok(());
         }
         self.bind()?;
         // SAFETY: callers give the pointer and length of a mutable view or an allocation of their own.
-        unsafe { result::memset_d8_async(pointer, 0, bytes, self.stream.cu_stream()) }
+        unsafe { result::memset_d8_async(pointer, byte, bytes, self.stream.cu_stream()) }
             .map_err(driver("cuMemsetD8Async"))
     }
 
@@ -291,6 +298,66 @@ impl Drop for Allocation {
             // SAFETY: the memory came from `malloc_async`, is freed once, and behind all work that was started with it:
             // views end before their buffer does. What the driver reports here, the next call reports too.
             let _ = unsafe { result::free_async(self.pointer, self.stream.stream.cu_stream()) };
+        }
+    }
+}
+
+/// Memory of the host that the device reaches, and the system does not move.
+pub(crate) struct Pinned<T> {
+    memory: NonNull<T>,
+    /// Its address on the device.
+    pointer: u64,
+    len: usize,
+    stream: Stream,
+}
+
+// SAFETY: it owns its memory, as a box does, and hands it out by `&mut self` alone.
+unsafe impl<T: Item> Send for Pinned<T> {}
+// SAFETY: as above.
+unsafe impl<T: Item> Sync for Pinned<T> {}
+
+impl<T: Item> Pinned<T> {
+    /// `len` items, zero.
+    pub(crate) fn zeroed(stream: &Stream, len: usize) -> Result<Self, CudaError> {
+        const CALL: &str = "cuMemHostAlloc";
+        let no_memory = || CudaError::Driver { call: CALL, error: "no memory".to_owned() };
+        let bytes = len.checked_mul(size_of::<T>()).ok_or_else(no_memory)?;
+        let mut this = Self { memory: NonNull::dangling(), pointer: EMPTY, len: 0, stream: stream.clone() };
+        if bytes == 0 {
+            return Ok(this);
+        }
+        stream.bind()?;
+        // SAFETY: a context is bound. What is returned is that many bytes of no one else's, aligned to a page.
+        let memory = unsafe { result::malloc_host(bytes, sys::CU_MEMHOSTALLOC_DEVICEMAP) }.map_err(driver(CALL))?;
+        (this.memory, this.len) = (NonNull::new(memory.cast()).ok_or_else(no_memory)?, len);
+        // SAFETY: the memory is that long. All bits zero make a `T` (it is `Pod`).
+        unsafe { core::ptr::write_bytes(this.memory.as_ptr(), 0, len) };
+        // SAFETY: both pointers are to memory of the right kind, the first to a local.
+        unsafe { sys::cuMemHostGetDevicePointer_v2(&raw mut this.pointer, this.memory.as_ptr().cast(), 0) }
+            .result()
+            .map_err(driver("cuMemHostGetDevicePointer"))?;
+        Ok(this)
+    }
+
+    /// The address on the device.
+    pub(crate) const fn pointer(&self) -> u64 {
+        self.pointer
+    }
+
+    /// The memory. Callers have waited for all work that may touch it.
+    pub(crate) const fn lend(&mut self) -> &mut [T] {
+        // SAFETY: `len` items from `memory` on are this value's own and were written when it was made; any bits make a `T`.
+        // No work of the stream is under way that touches them: `CachedTable::host` alone calls this, behind
+        // `synchronize`, and starts none while they are lent.
+        unsafe { core::slice::from_raw_parts_mut(self.memory.as_ptr(), self.len) }
+    }
+}
+
+impl<T> Drop for Pinned<T> {
+    fn drop(&mut self) {
+        if self.len > 0 && self.stream.synchronize().is_ok() && self.stream.bind().is_ok() {
+            // SAFETY: the memory came from `malloc_host`, is freed once, and the work that reached it is over.
+            let _ = unsafe { result::free_host(self.memory.as_ptr().cast()) };
         }
     }
 }

@@ -41,6 +41,7 @@ pub use error::CudaError;
 use memlayer_core::error::check_len;
 use memlayer_core::{ArgError, Device, Item};
 pub use memory::{Buffer, Rows, TrainRows, View, ViewMut};
+pub use ops::cache::CachedTable;
 pub use ops::optim::DeviceRule;
 pub use ops::select::MAX_TOP_K;
 
@@ -202,7 +203,7 @@ impl Cuda {
     /// # Errors
     /// [`CudaError::Unsupported`] if it belongs to another stream, whose work would not be in order with this one's.
     pub fn borrow<'a, T: Item>(&self, memory: &'a CudaSlice<T>) -> Result<View<'a, T>, CudaError> {
-        self.same_stream(memory.stream())?;
+        self.same_stream("borrow", memory.stream())?;
         let (pointer, _) = memory.device_ptr(self.stream());
         Ok(View::at(pointer, memory.len()))
     }
@@ -212,17 +213,17 @@ impl Cuda {
     /// # Errors
     /// As [`Cuda::borrow`].
     pub fn borrow_mut<'a, T: Item>(&self, memory: &'a mut CudaSlice<T>) -> Result<ViewMut<'a, T>, CudaError> {
-        self.same_stream(memory.stream())?;
+        self.same_stream("borrow", memory.stream())?;
         let len = memory.len();
         let (pointer, _) = memory.device_ptr_mut(self.stream());
         Ok(ViewMut::at(pointer, len))
     }
 
-    fn same_stream(&self, other: &Arc<CudaStream>) -> Result<(), CudaError> {
+    fn same_stream(&self, op: &'static str, other: &Arc<CudaStream>) -> Result<(), CudaError> {
         if other.cu_stream() == self.stream().cu_stream() {
             return Ok(());
         }
-        Err(CudaError::Unsupported { op: "borrow", what: "memory of another stream" })
+        Err(CudaError::Unsupported { op, what: "memory of another stream" })
     }
 
     /// A point in the work behind what was started so far, to measure time from.

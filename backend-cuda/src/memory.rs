@@ -198,6 +198,8 @@ pub struct TrainRows<'a, E> {
     pub(crate) state: ViewMut<'a, f32>,
     pub(crate) dim: usize,
     pub(crate) state_len: usize,
+    /// The ids that rows of a cache have in their table.
+    pub(crate) names: Option<View<'a, u32>>,
 }
 
 impl<'a, E: Trainable> TrainRows<'a, E> {
@@ -210,7 +212,7 @@ impl<'a, E: Trainable> TrainRows<'a, E> {
             return None;
         }
         let rows = codes.len() / dim;
-        (rows.checked_mul(state_len)? == state.len()).then_some(Self { codes, state, dim, state_len })
+        (rows.checked_mul(state_len)? == state.len()).then_some(Self { codes, state, dim, state_len, names: None })
     }
 }
 

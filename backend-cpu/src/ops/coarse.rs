@@ -9,7 +9,7 @@
 use memlayer_core::element::Format;
 use memlayer_core::{Element, Row, RowStore};
 
-use crate::isa::int8::{Int8, MAX_DIM, ROWS, WIDTH, left_len, pack_column, pack_left};
+use crate::isa::int8::{Int8, MAX_DIM, ROWS, WIDTH, left_len, pack_left, words};
 use crate::isa::rows::as_f32;
 use crate::isa::{Simd, Token, dispatch};
 
@@ -86,35 +86,41 @@ impl Buffer {
 
     /// Writes `vector` as integers; all vectors of a buffer have one width.
     pub(super) fn quantize(&mut self, token: Token, vector: &[f32]) -> (Quantized, &[i8]) {
+        self.write::<true>(token, vector)
+    }
+
+    /// Writes a row of any format as integers, and gives their scale and what bounds it as a sub-key.
+    fn quantize_row<E: Element>(&mut self, token: Token, row: &Row<'_, E>, dim: usize) -> (f32, Bounds, &[i8]) {
+        let (quantized, codes) = match as_f32(row.codes) {
+            Some(codes) if row.scales.is_empty() => self.write::<false>(token, codes),
+            _ => {
+                for (i, value) in self.values[..dim].iter_mut().enumerate() {
+                    *value = row.value::<f32>(i);
+                }
+                self.write_values::<false>(token, dim)
+            }
+        };
+        (quantized.scale, quantized.bounds(), codes)
+    }
+
+    fn write<const ALL: bool>(&mut self, token: Token, vector: &[f32]) -> (Quantized, &[i8]) {
         if vector.len().is_multiple_of(LANES) {
-            return dispatch!(token, s => quantize(s, vector, &mut self.codes));
+            return dispatch!(token, s => quantize::<_, ALL>(s, vector, &mut self.codes));
         }
         self.values[..vector.len()].copy_from_slice(vector);
-        self.quantize_values(token, vector.len())
+        self.write_values::<ALL>(token, vector.len())
     }
 
-    /// The same for a row of any format.
-    fn quantize_row<E: Element>(&mut self, token: Token, row: &Row<'_, E>, dim: usize) -> (Quantized, &[i8]) {
-        match as_f32(row.codes) {
-            Some(codes) if row.scales.is_empty() => return self.quantize(token, codes),
-            _ => {}
-        }
-        for (i, value) in self.values[..dim].iter_mut().enumerate() {
-            *value = row.value::<f32>(i);
-        }
-        self.quantize_values(token, dim)
-    }
-
-    fn quantize_values(&mut self, token: Token, dim: usize) -> (Quantized, &[i8]) {
+    fn write_values<const ALL: bool>(&mut self, token: Token, dim: usize) -> (Quantized, &[i8]) {
         let values = &self.values[..dim.next_multiple_of(LANES)];
-        let (quantized, codes) = dispatch!(token, s => quantize(s, values, &mut self.codes));
+        let (quantized, codes) = dispatch!(token, s => quantize::<_, ALL>(s, values, &mut self.codes));
         (quantized, &codes[..dim])
     }
 }
 
-/// Writes whole vectors of values as integers.
+/// Writes whole vectors of values as integers. Without `ALL` what only a query needs is left infinite.
 #[inline(always)]
-fn quantize<'a, S: Simd>(s: S, values: &[f32], codes: &'a mut [i8; MAX_DIM]) -> (Quantized, &'a [i8]) {
+fn quantize<'a, S: Simd, const ALL: bool>(s: S, values: &[f32], codes: &'a mut [i8; MAX_DIM]) -> (Quantized, &'a [i8]) {
     let len = values.len();
     let values = values.as_chunks::<LANES>().0;
     // Lanes that the compiler makes vectors. The bits of magnitudes are in their order, and those of NaN above all.
@@ -122,8 +128,10 @@ fn quantize<'a, S: Simd>(s: S, values: &[f32], codes: &'a mut [i8; MAX_DIM]) -> 
     for values in values {
         for (i, &x) in values.iter().enumerate() {
             max[i] = x.abs().to_bits().max(max[i]);
-            sum[i] += x.abs();
-            square[i] += x * x;
+            if ALL {
+                sum[i] += x.abs();
+                square[i] += x * x;
+            }
         }
     }
     let max = bounded(f32::from_bits(max.into_iter().fold(0, u32::max)));
@@ -135,16 +143,19 @@ fn quantize<'a, S: Simd>(s: S, values: &[f32], codes: &'a mut [i8; MAX_DIM]) -> 
             let shifted = x * inverse + INTEGERS;
             *code = shifted.to_bits().to_le_bytes()[0].cast_signed();
             let rest = x - scale * (shifted - INTEGERS);
-            rest_sum[i] += rest.abs();
+            if ALL {
+                rest_sum[i] += rest.abs();
+            }
             rest_square[i] += rest * rest;
         }
     }
+    let if_all = |lanes: &[f32; LANES]| if ALL { total(s, lanes) } else { f32::INFINITY };
     let quantized = Quantized {
         scale,
         max,
-        sum: total(s, &sum),
-        norm: total(s, &square).sqrt(),
-        rest_sum: total(s, &rest_sum),
+        sum: if_all(&sum),
+        norm: if_all(&square).sqrt(),
+        rest_sum: if_all(&rest_sum),
         rest_norm: total(s, &rest_square).sqrt(),
     };
     (quantized, &codes[..len])
@@ -197,7 +208,7 @@ pub(super) fn lie_as_int8<K: RowStore>(keys: &K, rows: usize) -> bool {
 
 /// Sub-keys as integers.
 pub(super) struct Panel<'a> {
-    /// `[C / 4, WIDTH]`, see [`pack_column`].
+    /// [`words`] of each column, see [`Int8::pack_column`].
     pub(super) codes: &'a mut [u32],
     /// `[WIDTH]`.
     pub(super) scales: &'a mut [f32],
@@ -207,7 +218,14 @@ pub(super) struct Panel<'a> {
 
 impl Panel<'_> {
     /// Rows `first..first + count` of `keys` as columns; those behind them mean nothing.
-    pub(super) fn lay_out<K: RowStore>(&mut self, token: Token, keys: &K, first: usize, count: usize, dim: usize) {
+    pub(super) fn lay_out<K: RowStore>(
+        &mut self,
+        (token, int8): (Token, Int8),
+        keys: &K,
+        first: usize,
+        count: usize,
+        dim: usize,
+    ) {
         let mut bounds = Bounds::NONE;
         self.scales.fill(0.0);
         if count < WIDTH {
@@ -218,14 +236,14 @@ impl Panel<'_> {
             #[allow(clippy::cast_possible_truncation, reason = "a row of a table: ids have 32 bits")]
             let row = keys.row((first + n) as u32);
             if let Some((codes, scale)) = as_int8(&row) {
-                pack_column(codes, n, self.codes);
+                int8.pack_column(codes, n, self.codes);
                 self.scales[n] = scale;
                 bounds = bounds.and(Bounds::of_scale(scale));
             } else {
-                let (quantized, codes) = buffer.quantize_row(token, &row, dim);
-                pack_column(codes, n, self.codes);
-                self.scales[n] = quantized.scale;
-                bounds = bounds.and(quantized.bounds());
+                let (scale, row_bounds, codes) = buffer.quantize_row(token, &row, dim);
+                int8.pack_column(codes, n, self.codes);
+                self.scales[n] = scale;
+                bounds = bounds.and(row_bounds);
             }
         }
         bounds.store(self.bounds);
@@ -240,7 +258,7 @@ pub(super) struct Keys<'a> {
     pub(super) dim: usize,
     /// Panels of a half.
     pub(super) panels: usize,
-    /// `[H, P, panels, C / 4, WIDTH]`.
+    /// `[H, P, panels]`, panels of `C` codes a column.
     pub(super) codes: &'a [u32],
     /// `[H, P, panels, WIDTH]`.
     pub(super) scales: &'a [f32],
@@ -268,7 +286,7 @@ impl Keys<'_> {
             pack_left(codes, to);
             *margin = quantized.margin(self.dim, keys);
         }
-        let (words, padded) = (self.dim.div_ceil(4) * WIDTH, self.panels * WIDTH);
+        let (words, padded) = (words(self.dim) * WIDTH, self.panels * WIDTH);
         let panels = self.codes[half * self.panels * words..].chunks_exact(words).take(self.panels);
         let scales = self.scales[half * padded..].chunks_exact(WIDTH);
         for (j, (panel, scales)) in panels.zip(scales).enumerate() {

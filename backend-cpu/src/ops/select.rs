@@ -74,7 +74,7 @@ impl Layout {
             }
             Way::Coarse(_) => {
                 let shared =
-                    ScratchReq::new(halves * (padded + panels * Bounds::LEN), halves * padded * half_dim.div_ceil(4));
+                    ScratchReq::new(halves * (padded + panels * Bounds::LEN), halves * padded * int8::words(half_dim));
                 let worker = ScratchReq::new(parts * ROWS * padded, ROWS * int8::left_len(half_dim));
                 (share.min(64), shared, worker.and(choosing))
             }
@@ -119,7 +119,7 @@ impl<K: RowStore + Sync> SelectRows<K> for Cpu {
             Way::Coarse(int8) => {
                 let (panels, codes) = (layout.padded / int8::WIDTH, shared_ids);
                 let (scales, bounds) = shared.split_at_mut(dims.heads * dims.parts * layout.padded);
-                self.lay_out_codes(&layout, args.keys, (&mut *codes, &mut *scales, &mut *bounds));
+                self.lay_out_codes(&layout, int8, args.keys, (&mut *codes, &mut *scales, &mut *bounds));
                 let keys = coarse::Keys { int8, dim: dims.half_dim, panels, codes, scales, bounds };
                 self.select_coarse(&layout, args, keys, scratch);
             }
@@ -268,23 +268,24 @@ impl Cpu {
         });
     }
 
-    /// The keys as panels of integers `[H, P, N / WIDTH, C / 4, WIDTH]`, with their scales `[H, P, N]` and bounds.
+    /// The keys as panels of integers `[H, P, N / WIDTH]`, with their scales `[H, P, N]` and bounds.
     fn lay_out_codes<K: RowStore + Sync>(
         &self,
         layout: &Layout,
+        int8: Int8,
         keys: &K,
         (codes, scales, bounds): (&mut [u32], &mut [f32], &mut [f32]),
     ) {
         let (n, c) = (layout.dims.sub_keys, layout.dims.half_dim);
         let per_half = layout.padded / int8::WIDTH;
         let cost = layout.dims.key_rows() * c / 2;
-        let panels = codes.chunks_mut(c.div_ceil(4) * int8::WIDTH).zip(scales.chunks_mut(int8::WIDTH));
+        let panels = codes.chunks_mut(int8::words(c) * int8::WIDTH).zip(scales.chunks_mut(int8::WIDTH));
         let panels = panels.zip(bounds.chunks_mut(Bounds::LEN)).enumerate();
         self.pool.for_each(cost, panels, |(i, ((codes, scales), bounds))| {
             let (half, first) = (i / per_half, i % per_half * int8::WIDTH);
             let count = int8::WIDTH.min(n.saturating_sub(first));
             let mut panel = coarse::Panel { codes, scales, bounds };
-            panel.lay_out(self.token, keys, half * n + first, count, c);
+            panel.lay_out((self.token, int8), keys, half * n + first, count, c);
         });
     }
 

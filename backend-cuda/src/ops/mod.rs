@@ -1,6 +1,7 @@
 //! The operations: arguments checked, kernels launched.
 
 pub(crate) mod bag;
+pub(crate) mod cache;
 pub(crate) mod dense;
 pub(crate) mod optim;
 pub(crate) mod plan;
@@ -11,8 +12,19 @@ use memlayer_core::ArgError;
 use crate::error::CudaError;
 
 /// The operations that a kernel can find an id in that is no row, by the numbers they raise the flag with.
-const NAMES: [&str; 9] =
-    ["", "bag_sum", "bag_dot", "plan", "reduce", "update", "reduce_and_update", "select_backward", "square_sum"];
+const NAMES: [&str; 11] = [
+    "",
+    "bag_sum",
+    "bag_dot",
+    "plan",
+    "reduce",
+    "update",
+    "reduce_and_update",
+    "select_backward",
+    "square_sum",
+    "load",
+    "translate",
+];
 
 /// The number of an operation.
 pub(crate) fn number_of(op: &str) -> u32 {

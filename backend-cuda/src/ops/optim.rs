@@ -95,6 +95,7 @@ struct RowsArg {
     rows: u64,
     dim: u32,
     state_len: u32,
+    names: u64,
 }
 
 /// An update of a table, checked.
@@ -147,6 +148,7 @@ impl Cuda {
                 rows: table.rows() as u64,
                 dim: size(op, "width of the rows", table.dim)?,
                 state_len: size(op, "state of a row", table.state_len)?,
+                names: table.names.map_or(0, View::pointer),
             },
             factors,
             plan: PlanArg::new(op, plan)?,

@@ -17,6 +17,9 @@ use super::inputs::{Tables, memory, reals};
 use super::ops::Call;
 use crate::error::BenchError;
 
+/// Slots of the table that a step over a large one is measured against.
+pub(super) const SMALL: usize = 1 << 16;
+
 /// Sets of inputs that take turns.
 const INPUTS: usize = 16;
 
@@ -143,21 +146,33 @@ impl Pass {
 
 /// Forward, backward and update of everything; the row rule is the case's format.
 pub(super) fn step(case: &Case, cpu: &Arc<Cpu>, tables: &mut Tables) -> Result<Call, BenchError> {
+    // The table is changed: it is this case's own, and the last one is in the way of its state.
+    tables.clear();
+    step_of(case, cpu, case.t)
+}
+
+/// A step over the case's table, and one over [`SMALL`] slots that touches as many rows.
+pub(super) fn grown_step(case: &Case, cpu: &Arc<Cpu>, tables: &mut Tables) -> Result<[Call; 2], BenchError> {
+    tables.clear();
+    let mut small = case.clone();
+    (small.slots, small.sub_keys) = (SMALL, SMALL.isqrt());
+    // The tokens of a small table share rows; in the large one as many rows are touched by fewer tokens, some twice.
+    let (slots, entries) = (SMALL as f64, (case.t * case.bag()) as f64);
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "at most T")]
+    let distinct = (slots * (1.0 - (-entries / slots).exp()) / case.bag() as f64).ceil() as usize;
+    Ok([step_of(case, cpu, distinct)?, step_of(&small, cpu, case.t)?])
+}
+
+fn step_of(case: &Case, cpu: &Arc<Cpu>, distinct: usize) -> Result<Call, BenchError> {
     if case.format == "adam" {
-        step_by(Adam { betas: (0.9, 0.999), eps: 1e-8 }, case, cpu, tables)
+        step_by(Adam { betas: (0.9, 0.999), eps: 1e-8 }, case, cpu, distinct)
     } else {
-        step_by(RowwiseAdagrad { eps: 1e-8 }, case, cpu, tables)
+        step_by(RowwiseAdagrad { eps: 1e-8 }, case, cpu, distinct)
     }
 }
 
-fn step_by<O: RowRule + 'static>(
-    rule: O,
-    case: &Case,
-    cpu: &Arc<Cpu>,
-    tables: &mut Tables,
-) -> Result<Call, BenchError> {
-    // The table is changed: it is this case's own, and the last one is in the way of its state.
-    tables.clear();
+/// The same by a rule; of the tokens `distinct` differ.
+fn step_by<O: RowRule + 'static>(rule: O, case: &Case, cpu: &Arc<Cpu>, distinct: usize) -> Result<Call, BenchError> {
     let (config, t, v, bag, cpu) = (config(case)?, case.t, case.v, case.bag(), cpu.clone());
     let (mut values, mut state) = (memory::<f32>(case.slots * v)?, memory::<f32>(case.slots * rule.state_len(v))?);
     values.fill(0.01);
@@ -165,9 +180,10 @@ fn step_by<O: RowRule + 'static>(
     let (mut dense, mut grads) = (Dense::new(&config, 0.06), Dense::new(&config, 0.0));
     let (mut keys, mut dkeys) = (reals(config.keys_len(), 5), vec![0.0; config.keys_len()]);
     let mut moments: Vec<Moments> = Vec::new();
-    let inputs: Vec<_> = (0..INPUTS).map(|i| reals(t * v, 40 + i as u64)).collect();
+    let mut inputs: Vec<_> = (0..INPUTS).map(|i| reals(t * v, 40 + i as u64)).collect();
+    inputs.iter_mut().for_each(|x| x.copy_within(..(t - distinct) * v, distinct * v));
     let mut activations = Memory::new(config.activations_req(t));
-    let (entries, mut count, mut turn) = (t * bag, 0, 0);
+    let (entries, threads, mut count, mut turn) = (t * bag, case.threads, 0, 0);
     let req = forward_scratch::<F32Rows<'_>, F32Rows<'_>, Cpu>(&cpu, &config, t)
         .or(backward_scratch::<F32Rows<'_>, F32Rows<'_>, Cpu>(&cpu, &config, t))
         .or(cpu.plan_scratch(entries))
@@ -210,7 +226,7 @@ fn step_by<O: RowRule + 'static>(
             if moments.len() <= i {
                 moments.push(Moments { first: vec![0.0; x.len()], second: vec![0.0; x.len()] });
             }
-            moments[i].adam_w(x, g);
+            moments[i].adam_w(x, g, threads);
         }
         Ok(())
     }))
@@ -222,12 +238,23 @@ struct Moments {
 }
 
 impl Moments {
-    /// AdamW of the dense part, as the peer has it: its arithmetic, on one thread.
-    fn adam_w(&mut self, x: &mut [f32], grad: &[f32]) {
-        for (((x, m), v), &g) in x.iter_mut().zip(&mut self.first).zip(&mut self.second).zip(grad) {
-            *m = 0.9 * *m + 0.1 * g;
-            *v = 0.999 * *v + 0.001 * g * g;
-            *x -= 1e-3 * (*m / (v.sqrt() + 1e-8) + 0.01 * *x);
-        }
+    /// AdamW of the dense part, as the peer has it: its arithmetic, by as many threads.
+    fn adam_w(&mut self, x: &mut [f32], grad: &[f32], threads: usize) {
+        let part = x.len().div_ceil(threads).max(1 << 14);
+        let moments = self.first.chunks_mut(part).zip(self.second.chunks_mut(part));
+        let mut parts = x.chunks_mut(part).zip(grad.chunks(part)).zip(moments);
+        std::thread::scope(|scope| {
+            let first = parts.next();
+            parts.for_each(|part| drop(scope.spawn(move || adam_w(part))));
+            first.map(adam_w);
+        });
+    }
+}
+
+fn adam_w(((x, grad), (first, second)): ((&mut [f32], &[f32]), (&mut [f32], &mut [f32]))) {
+    for (((x, m), v), &g) in x.iter_mut().zip(first).zip(second).zip(grad) {
+        *m = 0.9 * *m + 0.1 * g;
+        *v = 0.999 * *v + 0.001 * g * g;
+        *x -= 1e-3 * (*m / (v.sqrt() + 1e-8) + 0.01 * *x);
     }
 }

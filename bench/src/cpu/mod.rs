@@ -47,11 +47,11 @@ impl Case {
         let peer = match (op, format) {
             ("bag_sum", "int8" | "int4" | "e4m3") => "FBGEMM",
             ("step", _) => "SparseAdam",
-            ("rows step", _) => "as many rows of 2^16",
+            ("rows step" | "grown step", _) => "as many rows of 2^16",
             ("lm step", _) => "dense, equal FLOPs",
             _ => "PyTorch",
         };
-        let rows = if matches!(op, "step" | "rows step" | "select") { "f32" } else { format };
+        let rows = if matches!(op, "step" | "rows step" | "grown step" | "select") { "f32" } else { format };
         Self {
             op,
             format,
@@ -95,7 +95,7 @@ impl Case {
             ("step", "adagrad", _) => Some(8.0),
             ("lm step", ..) => Some(0.9),
             // At most 1.5 times the time of the small table.
-            ("rows step", ..) => Some(0.67),
+            ("rows step" | "grown step", ..) => Some(0.67),
             _ => None,
         }
     }
@@ -160,12 +160,15 @@ fn cases(options: &Options) -> Vec<Case> {
     for v in [64, 256] {
         threads.iter().for_each(|&n| add(Case::new("rows step", "adam", (v, 1024, 1 << 22), n)));
     }
+    for (format, v) in [("adam", 64), ("adam", 256), ("adagrad", 64), ("adagrad", 256), ("adagrad", 1024)] {
+        threads.iter().for_each(|&n| add(Case::new("grown step", format, (v, 256, 1 << 22), n)));
+    }
     #[cfg(feature = "lm")]
     threads.iter().for_each(|&n| add(Case::new("lm step", "f32", (32, 256, 1 << 14), n)));
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a size somebody typed")]
     let most = (options.memory * f64::from(1 << 30)) as usize;
-    // A step has the state of lazy Adam beside the rows.
-    let copies = |case: &Case| if case.op.ends_with("step") { 3 } else { 1 };
+    // A step of lazy Adam has its state beside the rows.
+    let copies = |case: &Case| if case.op.ends_with("step") && case.format == "adam" { 3 } else { 1 };
     cases.retain(|case| case.slots * case.row_bytes * copies(case) <= most);
     if let Some(only) = &options.only {
         cases.retain(|case| case.name().contains(only.as_str()));
@@ -225,9 +228,12 @@ fn measure(
         keep(&mut row, lm::steps(4.0 * seconds, cpu)?);
         return Ok(row);
     }
-    if case.op == "rows step" {
+    if matches!(case.op, "rows step" | "grown step") {
         tables.clear();
-        let (mut large, mut small) = (ops::rows_step(case, cpu, case.slots)?, ops::rows_step(case, cpu, 1 << 16)?);
+        let [mut large, mut small] = match case.op {
+            "rows step" => [ops::rows_step(case, cpu, case.slots)?, ops::rows_step(case, cpu, layer::SMALL)?],
+            _ => layer::grown_step(case, cpu, tables)?,
+        };
         let small = &mut |calls| time::clock(calls, &mut small);
         keep(&mut row, time::pair(4.0 * seconds, &mut |calls| time::clock(calls, &mut large), small)?);
         return Ok(row);

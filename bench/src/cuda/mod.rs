@@ -4,6 +4,7 @@
 //! with device events, medians, inputs rotated.
 
 mod bags;
+mod cached;
 mod device;
 mod select;
 mod step;
@@ -34,7 +35,7 @@ pub(crate) struct Options {
     /// A Python with PyTorch and Triton; without them ours alone is measured.
     #[arg(long, value_name = "PROGRAM", default_value = "python3")]
     python: PathBuf,
-    /// Only operations whose name contains this: bag_sum, bag_dot, sparse, step, select, decode.
+    /// Only operations whose name contains this: bag_sum, bag_dot, sparse, step, step cached, select, decode.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
     /// Fewer widths and repetitions.
@@ -117,6 +118,7 @@ pub(crate) fn run(options: &Options) -> Result<(), BenchError> {
     bench.measure_copy()?;
     bench.bags()?;
     bench.steps()?;
+    bench.cached()?;
     bench.selections()?;
     bench.decode()?;
     bench.cuda.synchronize()?;
