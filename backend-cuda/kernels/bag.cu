@@ -155,10 +155,10 @@ __device__ __forceinline__ void dot_rows(
 // Registers: on Hopper as few as the loads in flight leave, for 1024 blocks are then one wave; nowhere so few that they
 // spill.
 #if __CUDA_ARCH__ == 900
-#define SUM_BOUNDS(NV) 128, (NV == 16 && ELEM == E5M2 ? 7 : 8)
+#define SUM_BOUNDS 128, 8
 #define DOT_BOUNDS 128
 #else
-#define SUM_BOUNDS(NV) 128, (NV == 16 ? 5 : 7)
+#define SUM_BOUNDS 128, 7
 #define DOT_BOUNDS 128, 4
 #endif
 
@@ -200,8 +200,8 @@ __device__ __forceinline__ u32 column_of(const Place& place, int i) {
 
 #define FLIGHT 8
 
-// Without a bound ptxas spills a word on Hopper.
-extern "C" __global__ void __launch_bounds__(128, 4)
+// Without a bound ptxas spills a word on Hopper; with a lesser one it takes twice the registers.
+extern "C" __global__ void __launch_bounds__(128, 8)
     bag_sum_packed(const u8* table, const float*, u64 rows, u32 dim, u32, const u32* ids, const float* weights, float* out,
                    u32 bag, u32 tokens, u32 accumulate, u32 team, u32 even, u32* flag, u32 op) {
     const u32 pairs = (dim + GROUP - 1) / GROUP * GROUP_LANES, slices = (pairs + team - 1) / team;
@@ -307,27 +307,32 @@ extern "C" __global__ void __launch_bounds__(128)
     }
 }
 #else
-#define BAG(NV, UNROLL)                                                                                               \
-    extern "C" __global__ void __launch_bounds__(SUM_BOUNDS(NV)) bag_sum_##NV(                                               \
+#define SUM(NV)                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(SUM_BOUNDS) bag_sum_##NV(                                            \
         const u8* table, const float* scales, u64 rows, u32 dim, u32 group, const u32* ids, const float* weights,     \
         float* out, u32 bag, u32 tokens, u32 accumulate, u32 team, u32 aligned, u32* flag, u32 op) {                  \
-        sum_rows<NV, UNROLL>(table, scales, rows, dim, group, ids, weights, out, bag, tokens, accumulate, team,       \
-                             aligned, flag, op);                                                                      \
-    }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(DOT_BOUNDS) bag_dot_##NV(                                                   \
+        sum_rows<NV, 8>(table, scales, rows, dim, group, ids, weights, out, bag, tokens, accumulate, team, aligned,   \
+                        flag, op);                                                                                    \
+    }
+#define DOT(NV)                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(DOT_BOUNDS) bag_dot_##NV(                                            \
         const u8* table, const float* scales, u64 rows, u32 dim, u32 group, const u32* ids, const float* vectors,     \
         float* out, u32 bag, u32 tokens, u32 team, u32 aligned, u32* flag, u32 op) {                                  \
         dot_rows<NV>(table, scales, rows, dim, group, ids, vectors, out, bag, tokens, team, aligned, flag, op);       \
     }
 
-BAG(1, 8)
-BAG(2, 8)
-BAG(4, 8)
+SUM(1)
+SUM(2)
+SUM(4)
+DOT(1)
+DOT(2)
+DOT(4)
 #if SIZE <= 2
-BAG(8, 8)
+SUM(8)
+DOT(8)
 #endif
 #if SIZE == 1
-BAG(16, 8)
+DOT(16)
 #endif
 
 // For few tokens: narrow loads, so that there are many warps, and a whole warp's ids in flight at once.

@@ -21,14 +21,24 @@ struct Reading {
 }
 
 impl Reading {
-    /// The widest loads that codes of `bytes` at `pointer`, in rows of `dim` and groups of `group`, can be read with, and
-    /// that leave work for the least team.
-    fn widest(pointer: u64, bytes: usize, dim: usize, group: usize) -> Self {
-        let mut lane = 16 / bytes;
+    /// The widest loads that codes of `bytes` at `pointer`, in rows of `dim` and groups of `group`, can be read with, of at
+    /// most `most` codes, and that leave work for the least team.
+    fn widest(pointer: u64, bytes: usize, dim: usize, group: usize, most: usize) -> Self {
+        let mut lane = (16 / bytes).min(most);
         while lane > 1 && (!fits(lane, pointer, bytes, dim, group) || dim / lane < 8) {
             lane /= 2;
         }
         Self { lane, team: (dim / lane).next_power_of_two().clamp(8, 32) }
+    }
+
+    /// For dots: by 16 bytes.
+    fn for_dots(pointer: u64, bytes: usize, dim: usize, group: usize) -> Self {
+        Self::widest(pointer, bytes, dim, group, 16)
+    }
+
+    /// For sums: by eight codes, or of narrow rows by four. Wider loads leave too few warps to hide how far the rows are.
+    fn for_sums(pointer: u64, bytes: usize, dim: usize, group: usize) -> Self {
+        Self::widest(pointer, bytes, dim, group, if dim < 128 { 4 } else { 8 })
     }
 
     /// Of 4-bit integers in groups of `group`: four bytes, eight values, and a team for all of a row if it can be.
@@ -87,7 +97,7 @@ impl<E: Element> EmbeddingBag<Rows<'_, E>> for Cuda {
         let (reading, name) = match packed_group(E::FORMAT) {
             Some(group) => (Reading::packed(dim, group), "bag_dot_packed"),
             None => {
-                let reading = Reading::widest(pointer, bytes, dim, table.group);
+                let reading = Reading::for_dots(pointer, bytes, dim, table.group);
                 (reading, named!("bag_dot", reading.lane))
             }
         };
@@ -139,7 +149,7 @@ impl Cuda {
         }
         let (dim, bytes) = (table.dim, size_of::<E>());
         let pointer = table.codes.pointer();
-        let mut reading = Reading::widest(pointer, bytes, dim, table.group);
+        let mut reading = Reading::for_sums(pointer, bytes, dim, table.group);
         let mut name = named!("bag_sum", reading.lane);
         let mut columns = dim;
         if let Some(group) = packed_group(E::FORMAT) {
@@ -176,7 +186,7 @@ mod tests {
 
     #[test]
     fn loads_are_as_wide_as_rows_allow() {
-        let lane = |pointer, bytes, dim, group| Reading::widest(pointer, bytes, dim, group).lane;
+        let lane = |pointer, bytes, dim, group| Reading::for_dots(pointer, bytes, dim, group).lane;
         assert_eq!(lane(0, 2, 1024, 1024), 8);
         assert_eq!(lane(0, 2, 100, 100), 4);
         assert_eq!(lane(0, 1, 1000, 1000), 8);
@@ -184,9 +194,12 @@ mod tests {
         assert_eq!(lane(4, 4, 1024, 1024), 1);
         assert_eq!(lane(0, 1, 1024, 4), 4, "a group is not split by a load");
         assert_eq!(lane(0, 2, 24, 24), 2, "a team has eight lanes");
-        assert_eq!(Reading::widest(0, 2, 256, 256), Reading { lane: 8, team: 32 });
-        assert_eq!(Reading::widest(0, 2, 100, 100), Reading { lane: 4, team: 32 });
-        assert_eq!(Reading::widest(0, 4, 2, 2), Reading { lane: 1, team: 8 });
+        assert_eq!(Reading::for_dots(0, 1, 256, 256), Reading { lane: 16, team: 16 });
+        assert_eq!(Reading::for_sums(0, 1, 256, 256), Reading { lane: 8, team: 32 });
+        assert_eq!(Reading::for_sums(0, 2, 256, 256), Reading { lane: 8, team: 32 });
+        assert_eq!(Reading::for_sums(0, 2, 64, 64), Reading { lane: 4, team: 16 });
+        assert_eq!(Reading::for_sums(0, 2, 100, 100), Reading { lane: 4, team: 32 });
+        assert_eq!(Reading::for_sums(0, 4, 2, 2), Reading { lane: 1, team: 8 });
         assert_eq!(Reading::narrow(0, 1, 100, 100), Some(Reading { lane: 4, team: 32 }));
         assert_eq!(Reading::narrow(0, 2, 17, 17), None);
     }
