@@ -12,28 +12,18 @@ use memlayer_tests::conformance::skipped;
 use memlayer_tests::device::{Memory, TestDevice};
 use memlayer_tests::random::Random;
 
+mod common;
+use common::cuda;
+
 const ROWS: usize = 5000;
 const BAG: usize = 16;
 const TOKENS: usize = 20;
 const ENTRIES: usize = BAG * TOKENS;
 
-/// Device 0, if there is one. Any other reason for having none is a failure.
-fn cuda() -> Option<Cuda> {
-    match Cuda::new(0) {
-        Ok(cuda) => Some(cuda),
-        Err(error @ (CudaError::Library(_) | CudaError::NoDevice(_))) => {
-            let required = std::env::var("MEMLAYER_REQUIRE_CUDA").is_ok_and(|v| v == "1");
-            assert!(!required, "a CUDA device is required here: {error}");
-            None
-        }
-        Err(error) => panic!("device 0: {error}"),
-    }
-}
-
 /// Ids of which some come again and again.
 fn ids(random: &mut Random) -> Vec<u32> {
     let (a, b) = (random.ids(ENTRIES, ROWS), random.ids(ENTRIES, ROWS));
-    a.into_iter().zip(b).map(|(a, b)| a.min(b) % if b % 2 == 0 { 300 } else { ROWS as u32 }).collect()
+    a.into_iter().zip(b).map(|(a, b)| if b % 2 == 0 { a % 300 } else { a.min(b) }).collect()
 }
 
 /// What one step leaves: sums and dots.

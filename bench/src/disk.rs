@@ -11,10 +11,12 @@ use std::process::Command;
 use std::time::Instant;
 
 use clap::Args;
-use memlayer_core::ops::EmbeddingBag;
 use memlayer_core::ops::bag::BagSum;
-use memlayer_core::{Bf16, DenseRows, Element, Random, RowStore, ScaledRows};
-use memlayer_cpu::{CachedRows, Cpu, FileRows, MappedFile, TableMemory};
+use memlayer_core::ops::optim::{RowUpdate, RowwiseAdagrad, Step};
+use memlayer_core::ops::plan::{PlanBuffers, RowGradient, RowPlan};
+use memlayer_core::ops::{EmbeddingBag, RowReduce};
+use memlayer_core::{Bf16, DenseRows, Element, Random, RowStore, ScaledRows, Scratch, TrainRows, TrainStore};
+use memlayer_cpu::{CachedRows, Cpu, Durability, FileRows, MappedFile, TableMemory, TrainedFile};
 use serde::{Deserialize, Serialize};
 
 use crate::error::BenchError;
@@ -55,7 +57,7 @@ pub(crate) struct Serve {
     format: String,
     v: usize,
     rows: usize,
-    /// `ram`, `map`, or the bytes of a cache.
+    /// `ram`, `map`, the bytes of a cache, `train ram` or `train file`.
     way: String,
     seconds: f64,
 }
@@ -110,7 +112,7 @@ pub(crate) fn run(options: &Options) -> Result<(), BenchError> {
     for (format, v) in [("int8", 1024), ("bf16", 256)] {
         let row = if format == "bf16" { 2 * v } else { v };
         let rows = bytes / row;
-        let file = Scratch::write(&options.scratch, format, rows, row)?;
+        let file = Temporary::write(&options.scratch, format, rows, row)?;
         let mut expected = None;
         let ways = [
             ("ram", "memory, huge pages".to_owned(), false),
@@ -151,6 +153,7 @@ pub(crate) fn run(options: &Options) -> Result<(), BenchError> {
             }
         }
     }
+    text += &train_all(options, bytes, group.as_ref(), &mut all)?;
     if let Some(path) = &options.out {
         fs::write(path, text).map_err(failed(path))?;
     }
@@ -160,6 +163,131 @@ pub(crate) fn run(options: &Options) -> Result<(), BenchError> {
     Ok(())
 }
 
+/// A training step over a table in memory, in its file, and in its file with little memory.
+fn train_all(options: &Options, bytes: usize, group: Option<&Group>, all: &mut Vec<Row>) -> Result<String, BenchError> {
+    let rows = bytes / (2 * TRAIN_V);
+    let file = Temporary(options.scratch.join(format!("memlayer-bench-{}.train", std::process::id())));
+    let made = TrainedFile::create(&file.0, (rows, TRAIN_V, 1), Durability::Process, |id, row| row.fill(start_of(id)))?;
+    drop(made);
+    let mut text = format!(
+        "\nTraining it, bf16 rows of {TRAIN_V} values, {TRAIN_TOKENS} tokens a step: plan, sums of gradients and row-wise Adagrad, with a journal \
+         that survives `kill -9` where it is in its file. Tokens a second:\n\n\
+         | held | way | uniform | Zipf | same bits |\n|---|---|---|---|---|\n"
+    );
+    print!("{text}");
+    let mut expected = None;
+    let ways = [("train ram", "memory, huge pages"), ("train file", "in its file"), ("train file", "in its file")];
+    for ((way, name), held) in ways.into_iter().zip([false, false, true]) {
+        forget();
+        let (format, way) = ("bf16".to_owned(), way.to_owned());
+        let serve = Serve { file: file.0.clone(), format, v: TRAIN_V, rows, way, seconds: options.seconds };
+        let figures = serve.in_child(if held { group } else { None })?;
+        // Of the first step of all: later ones depend on how many there were, and the third way goes on where the second ended.
+        let first = figures.first().map(|figure| figure.checksum);
+        let same = if held { None } else { Some(*expected.get_or_insert(first) == first) };
+        let mut line = format!("| {} | {name} |", if held { "yes" } else { "no" });
+        for figure in &figures {
+            let _ = write!(line, " {:.0} |", figure.tokens_per_s);
+        }
+        line += same.map_or(" |", |same| if same { " yes |" } else { " **no** |" });
+        println!("{line}");
+        text = text + &line + "\n";
+        let row = |figure| Row {
+            op: "train",
+            format: "bf16".to_owned(),
+            v: TRAIN_V,
+            way: format!("{name}{}", if held { ", held" } else { "" }),
+            figure,
+        };
+        all.extend(figures.into_iter().map(row));
+        if same == Some(false) {
+            return Err(BenchError::Peer { program: name.to_owned(), problem: "other rows than in memory".to_owned() });
+        }
+    }
+    Ok(text)
+}
+
+/// Width of the rows that are trained.
+const TRAIN_V: usize = 256;
+/// Tokens of a training step.
+const TRAIN_TOKENS: usize = 64;
+
+/// What the values of a row are before the training.
+fn start_of(id: u32) -> Bf16 {
+    Bf16::from_f32((id % 1000) as f32 * 1e-3)
+}
+
+/// Steps over a table held in one of the ways; the checksum is of the rows that the first step changed.
+fn train(serve: &Serve) -> Result<Vec<Figure>, BenchError> {
+    let (cpu, rule, v) = (Cpu::new()?, RowwiseAdagrad { eps: 1e-8 }, serve.v);
+    let io = |source| BenchError::Io { path: serve.file.clone(), source };
+    let hash = |sum: u64, row: &[Bf16]| {
+        row.iter().fold(sum, |sum, x| (sum ^ u64::from(x.to_bits())).wrapping_mul(0x0100_0000_01b3))
+    };
+    if serve.way == "train ram" {
+        let mut codes = TableMemory::<Bf16>::zeroed(serve.rows * v).map_err(io)?;
+        (0..).zip(codes.chunks_exact_mut(v)).for_each(|(id, row)| row.fill(start_of(id)));
+        let mut state = TableMemory::<f32>::zeroed(serve.rows).map_err(io)?;
+        return measure_training(serve, &cpu, |plan, gradient, step, scratch| {
+            if let Some(table) = TrainRows::new(&mut codes[..], v, &mut state[..], 1) {
+                cpu.reduce_and_update(table, &rule, step, plan, gradient, scratch)?;
+            }
+            let touched = &plan.rows[..plan.unique[0] as usize];
+            Ok(touched.iter().fold(0, |sum, &id| hash(sum, &codes[id as usize * v..][..v])))
+        });
+    }
+    let mut file = TrainedFile::<Bf16>::open(&serve.file, Durability::Process)?;
+    let readers = Cpu::builder().threads(READERS).build()?;
+    measure_training(serve, &cpu, |plan, gradient, step, scratch| {
+        let touched = &plan.rows[..plan.unique[0] as usize];
+        let table = file.load(&readers, touched)?;
+        cpu.reduce_and_update(table, &rule, step, plan, gradient, scratch)?;
+        file.commit(&readers)?;
+        let mut table = file.load(&readers, if step.count == 1 { touched } else { &[] })?;
+        let rows = if step.count == 1 { touched } else { &[] };
+        Ok(rows.iter().fold(0, |sum, &id| hash(sum, table.row_and_state(id).0)))
+    })
+}
+
+/// Tokens a second by each kind of ids; `change` makes a step and hashes the rows it changed.
+fn measure_training(
+    serve: &Serve,
+    cpu: &Cpu,
+    mut change: impl FnMut(RowPlan<'_, Cpu>, RowGradient<'_, Cpu>, &Step, Scratch<'_, Cpu>) -> Result<u64, BenchError>,
+) -> Result<Vec<Figure>, BenchError> {
+    let entries = TRAIN_TOKENS * BAG;
+    let (weights, sources) = (super::cpu::reals(entries, 3), super::cpu::reals(TRAIN_TOKENS * serve.v, 4));
+    let req = cpu
+        .plan_scratch(entries)
+        .or(RowUpdate::<TrainRows<'_, Bf16, f32>, RowwiseAdagrad>::reduce_and_update_scratch(cpu, serve.v));
+    let (mut reals, mut words) = (vec![0.0; req.reals], vec![0; req.ids]);
+    let mut buffer = vec![0; PlanBuffers::<Cpu>::ids_len(entries)];
+    let mut figures = Vec::new();
+    for zipf in [false, true] {
+        let (mut random, mut ids) = (Random::new(11), vec![0; entries]);
+        let (mut seconds, mut count, mut checksum, start) = (0.0, 0, 0, Instant::now());
+        while start.elapsed().as_secs_f64() < serve.seconds || count < 3 {
+            ids.iter_mut().for_each(|id| *id = super::cpu::slot(&mut random, serve.rows, zipf));
+            let call = Instant::now();
+            count += 1;
+            let mut scratch = Scratch { reals: &mut reals[..], ids: &mut words[..] };
+            let (mut plan, _) = PlanBuffers::<Cpu>::carve(&mut buffer[..], entries)?;
+            cpu.plan(&ids[..], serve.rows, plan.reborrow(), scratch.reborrow())?;
+            let gradient = RowGradient { bag: BAG, dim: serve.v, weights: &weights[..], sources: &sources[..] };
+            let found = change(plan.plan(), gradient, &Step::new(1e-3, count), scratch)?;
+            if count == 1 {
+                checksum = found;
+            } else {
+                // The first was hashed, and finds nothing in the cache.
+                seconds += call.elapsed().as_secs_f64();
+            }
+        }
+        let tokens_per_s = (count - 1) as f64 * TRAIN_TOKENS as f64 / seconds;
+        figures.push(Figure { zipf, t: TRAIN_TOKENS, tokens_per_s, checksum });
+    }
+    Ok(figures)
+}
+
 /// Asks the system to drop what it keeps of files. Without the right to it "cold" is what the control group makes of it.
 fn forget() {
     let _ = Command::new("sync").status();
@@ -167,12 +295,12 @@ fn forget() {
 }
 
 /// The table's file; removed when dropped.
-struct Scratch(PathBuf);
+struct Temporary(PathBuf);
 
-impl Scratch {
+impl Temporary {
     fn write(folder: &Path, format: &str, rows: usize, row: usize) -> Result<Self, BenchError> {
-        let scratch = Self(folder.join(format!("memlayer-bench-{}.{format}", std::process::id())));
-        let path = &scratch.0;
+        let this = Self(folder.join(format!("memlayer-bench-{}.{format}", std::process::id())));
+        let path = &this.0;
         let mut file = File::create(path).map_err(failed(path))?;
         let scales = vec![0.01f32; scales_len(format, rows) / 4];
         file.write_all(bytemuck::cast_slice(&scales)).map_err(failed(path))?;
@@ -188,13 +316,15 @@ impl Scratch {
             left -= bytes.len();
         }
         file.sync_all().map_err(failed(path))?;
-        Ok(scratch)
+        Ok(this)
     }
 }
 
-impl Drop for Scratch {
+impl Drop for Temporary {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.0);
+        // A table in training has one.
+        let _ = fs::remove_file(self.0.with_added_extension("journal"));
     }
 }
 
@@ -249,7 +379,11 @@ impl Serve {
 
 /// Measures one way to hold the table, and prints the figures.
 pub(crate) fn serve(serve: &Serve) -> Result<(), BenchError> {
-    let figures = if serve.format == "int8" { serve_as::<i8>(serve)? } else { serve_as::<Bf16>(serve)? };
+    let figures = match (serve.way.starts_with("train"), &*serve.format) {
+        (true, _) => train(serve)?,
+        (_, "int8") => serve_as::<i8>(serve)?,
+        _ => serve_as::<Bf16>(serve)?,
+    };
     println!("{}", serde_json::to_string(&figures).unwrap_or_default());
     Ok(())
 }

@@ -244,14 +244,18 @@ impl Moments {
         let moments = self.first.chunks_mut(part).zip(self.second.chunks_mut(part));
         let mut parts = x.chunks_mut(part).zip(grad.chunks(part)).zip(moments);
         std::thread::scope(|scope| {
-            let first = parts.next();
-            parts.for_each(|part| drop(scope.spawn(move || adam_w(part))));
-            first.map(adam_w);
+            let mine = parts.next();
+            for ((x, grad), (first, second)) in parts {
+                scope.spawn(|| adam_w(x, grad, first, second));
+            }
+            if let Some(((x, grad), (first, second))) = mine {
+                adam_w(x, grad, first, second);
+            }
         });
     }
 }
 
-fn adam_w(((x, grad), (first, second)): ((&mut [f32], &[f32]), (&mut [f32], &mut [f32]))) {
+fn adam_w(x: &mut [f32], grad: &[f32], first: &mut [f32], second: &mut [f32]) {
     for (((x, m), v), &g) in x.iter_mut().zip(first).zip(second).zip(grad) {
         *m = 0.9 * *m + 0.1 * g;
         *v = 0.999 * *v + 0.001 * g * g;
