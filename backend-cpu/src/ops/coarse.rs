@@ -86,41 +86,35 @@ impl Buffer {
 
     /// Writes `vector` as integers; all vectors of a buffer have one width.
     pub(super) fn quantize(&mut self, token: Token, vector: &[f32]) -> (Quantized, &[i8]) {
-        self.write::<true>(token, vector)
-    }
-
-    /// Writes a row of any format as integers, and gives their scale and what bounds it as a sub-key.
-    fn quantize_row<E: Element>(&mut self, token: Token, row: &Row<'_, E>, dim: usize) -> (f32, Bounds, &[i8]) {
-        let (quantized, codes) = match as_f32(row.codes) {
-            Some(codes) if row.scales.is_empty() => self.write::<false>(token, codes),
-            _ => {
-                for (i, value) in self.values[..dim].iter_mut().enumerate() {
-                    *value = row.value::<f32>(i);
-                }
-                self.write_values::<false>(token, dim)
-            }
-        };
-        (quantized.scale, quantized.bounds(), codes)
-    }
-
-    fn write<const ALL: bool>(&mut self, token: Token, vector: &[f32]) -> (Quantized, &[i8]) {
         if vector.len().is_multiple_of(LANES) {
-            return dispatch!(token, s => quantize::<_, ALL>(s, vector, &mut self.codes));
+            return dispatch!(token, s => quantize(s, vector, &mut self.codes));
         }
         self.values[..vector.len()].copy_from_slice(vector);
-        self.write_values::<ALL>(token, vector.len())
+        self.quantize_values(token, vector.len())
     }
 
-    fn write_values<const ALL: bool>(&mut self, token: Token, dim: usize) -> (Quantized, &[i8]) {
+    /// The same for a row of any format.
+    fn quantize_row<E: Element>(&mut self, token: Token, row: &Row<'_, E>, dim: usize) -> (Quantized, &[i8]) {
+        match as_f32(row.codes) {
+            Some(codes) if row.scales.is_empty() => return self.quantize(token, codes),
+            _ => {}
+        }
+        for (i, value) in self.values[..dim].iter_mut().enumerate() {
+            *value = row.value::<f32>(i);
+        }
+        self.quantize_values(token, dim)
+    }
+
+    fn quantize_values(&mut self, token: Token, dim: usize) -> (Quantized, &[i8]) {
         let values = &self.values[..dim.next_multiple_of(LANES)];
-        let (quantized, codes) = dispatch!(token, s => quantize::<_, ALL>(s, values, &mut self.codes));
+        let (quantized, codes) = dispatch!(token, s => quantize(s, values, &mut self.codes));
         (quantized, &codes[..dim])
     }
 }
 
-/// Writes whole vectors of values as integers. Without `ALL` what only a query needs is left infinite.
+/// Writes whole vectors of values as integers.
 #[inline(always)]
-fn quantize<'a, S: Simd, const ALL: bool>(s: S, values: &[f32], codes: &'a mut [i8; MAX_DIM]) -> (Quantized, &'a [i8]) {
+fn quantize<'a, S: Simd>(s: S, values: &[f32], codes: &'a mut [i8; MAX_DIM]) -> (Quantized, &'a [i8]) {
     let len = values.len();
     let values = values.as_chunks::<LANES>().0;
     // Lanes that the compiler makes vectors. The bits of magnitudes are in their order, and those of NaN above all.
@@ -128,10 +122,8 @@ fn quantize<'a, S: Simd, const ALL: bool>(s: S, values: &[f32], codes: &'a mut [
     for values in values {
         for (i, &x) in values.iter().enumerate() {
             max[i] = x.abs().to_bits().max(max[i]);
-            if ALL {
-                sum[i] += x.abs();
-                square[i] += x * x;
-            }
+            sum[i] += x.abs();
+            square[i] += x * x;
         }
     }
     let max = bounded(f32::from_bits(max.into_iter().fold(0, u32::max)));
@@ -143,19 +135,16 @@ fn quantize<'a, S: Simd, const ALL: bool>(s: S, values: &[f32], codes: &'a mut [
             let shifted = x * inverse + INTEGERS;
             *code = shifted.to_bits().to_le_bytes()[0].cast_signed();
             let rest = x - scale * (shifted - INTEGERS);
-            if ALL {
-                rest_sum[i] += rest.abs();
-            }
+            rest_sum[i] += rest.abs();
             rest_square[i] += rest * rest;
         }
     }
-    let if_all = |lanes: &[f32; LANES]| if ALL { total(s, lanes) } else { f32::INFINITY };
     let quantized = Quantized {
         scale,
         max,
-        sum: if_all(&sum),
-        norm: if_all(&square).sqrt(),
-        rest_sum: if_all(&rest_sum),
+        sum: total(s, &sum),
+        norm: total(s, &square).sqrt(),
+        rest_sum: total(s, &rest_sum),
         rest_norm: total(s, &rest_square).sqrt(),
     };
     (quantized, &codes[..len])
@@ -240,10 +229,10 @@ impl Panel<'_> {
                 self.scales[n] = scale;
                 bounds = bounds.and(Bounds::of_scale(scale));
             } else {
-                let (scale, row_bounds, codes) = buffer.quantize_row(token, &row, dim);
+                let (quantized, codes) = buffer.quantize_row(token, &row, dim);
                 int8.pack_column(codes, n, self.codes);
-                self.scales[n] = scale;
-                bounds = bounds.and(row_bounds);
+                self.scales[n] = quantized.scale;
+                bounds = bounds.and(quantized.bounds());
             }
         }
         bounds.store(self.bounds);

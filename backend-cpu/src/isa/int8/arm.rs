@@ -4,7 +4,7 @@
 use core::arch::aarch64::*;
 use core::arch::asm;
 
-use super::{MAX_DIM, Tile, WIDTH, fours};
+use super::{MAX_DIM, Tile, WIDTH, for_words};
 
 /// `acc[i] + Σ a[4i..4i + 4] · b[4i..4i + 4]`.
 #[inline]
@@ -43,8 +43,8 @@ impl Dot {
     /// A row of words holds one of each column.
     #[inline(always)]
     pub(super) fn pack_column(self, codes: &[i8], n: usize, panel: &mut [u32]) {
-        let words = panel[n..].iter_mut().step_by(WIDTH);
-        words.zip(fours(codes)).for_each(|(to, word)| *to = word);
+        let column = &mut panel[n..];
+        for_words(codes, |k, word| column[k * WIDTH] = word);
     }
 
     #[inline(always)]
@@ -137,9 +137,7 @@ impl Matrix {
     /// A pair of words of each column, one behind the other: eight codes are one operand.
     #[inline(always)]
     pub(super) fn pack_column(self, codes: &[i8], n: usize, panel: &mut [u32]) {
-        for (k, word) in fours(codes).enumerate() {
-            panel[k / 2 * 2 * WIDTH + 2 * n + k % 2] = word;
-        }
+        for_words(codes, |k, word| panel[k / 2 * 2 * WIDTH + 2 * n + k % 2] = word);
     }
 
     #[inline(always)]

@@ -32,14 +32,17 @@ pub(crate) const fn left_len(dim: usize) -> usize {
     1 + words(dim)
 }
 
-/// The codes as [`words`], zeros behind the last.
+/// Gives each of the [`words`] of `codes`, in order, zeros behind the last code.
 #[inline(always)]
-fn fours(codes: &[i8]) -> impl Iterator<Item = u32> + '_ {
+fn for_words(codes: &[i8], mut put: impl FnMut(usize, u32)) {
     let (fours, rest) = codes.as_chunks::<4>();
+    for (k, four) in fours.iter().enumerate() {
+        put(k, u32::from_le_bytes(four.map(i8::cast_unsigned)));
+    }
     let last = [0, 1, 2, 3].map(|i| *rest.get(i).unwrap_or(&0));
-    let whole = fours.iter().map(|four| u32::from_le_bytes(four.map(i8::cast_unsigned)));
-    let behind = [u32::from_le_bytes(last.map(i8::cast_unsigned)), 0];
-    whole.chain(behind).take(words(codes.len()))
+    for k in fours.len()..words(codes.len()) {
+        put(k, if k == fours.len() { u32::from_le_bytes(last.map(i8::cast_unsigned)) } else { 0 });
+    }
 }
 
 /// Writes `codes` as a row on the left of [`Int8::multiply`], of [`left_len`] words.
@@ -48,7 +51,7 @@ pub(crate) fn pack_left(codes: &[i8], to: &mut [u32]) {
     let Some((start, to)) = to.split_first_mut() else { return };
     // Of every product with the offset of the other side, where it has one.
     *start = (-OFFSET * codes.iter().map(|&code| i32::from(code)).sum::<i32>()).cast_unsigned();
-    to.iter_mut().zip(fours(codes)).for_each(|(to, word)| *to = word);
+    for_words(codes, |k, word| to[k] = word);
 }
 
 /// The right to use the instructions.

@@ -2,13 +2,13 @@
 
 use core::arch::x86_64::*;
 
-use super::{MAX_DIM, OFFSET, Tile, WIDTH, fours};
+use super::{MAX_DIM, OFFSET, Tile, WIDTH, for_words};
 
 /// Writes `codes` as column `n` of a panel of rows of words, the offset added.
 #[inline(always)]
 fn pack_column(codes: &[i8], n: usize, panel: &mut [u32]) {
-    let words = panel[n..].iter_mut().step_by(WIDTH);
-    words.zip(fours(codes)).for_each(|(to, word)| *to = word ^ 0x8080_8080);
+    let column = &mut panel[n..];
+    for_words(codes, |k, word| column[k * WIDTH] = word ^ 0x8080_8080);
 }
 
 /// What the offset of the other side adds to the products with `query`, taken off.
