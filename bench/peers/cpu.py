@@ -22,8 +22,8 @@ try:
 except Exception as problem:  # without FBGEMM its rows are missing, and the table says so
     fbgemm_gpu, FBGEMM_PROBLEM = None, str(problem).splitlines()[0]
 
-# Rotating inputs touch this many bytes of rows, several times the last cache, but not more sets than this.
-ROTATE_BYTES, ROTATE_SETS = 256 << 20, 512
+# Rotating inputs touch this many bytes of rows, more than the last cache has, but not more sets than this.
+ROTATE_BYTES, ROTATE_SETS = 1 << 30, 16 << 10
 
 tables = {}
 

@@ -9,9 +9,9 @@ use memlayer_cpu::TableMemory;
 use super::Case;
 use crate::error::BenchError;
 
-/// Rotating inputs touch this many bytes of rows, several times the last cache, in at most so many sets.
-const ROTATE_BYTES: usize = 256 << 20;
-const ROTATE_SETS: usize = 512;
+/// Rotating inputs touch this many bytes of rows, more than the last cache has, in at most so many sets.
+const ROTATE_BYTES: usize = 1 << 30;
+const ROTATE_SETS: usize = 16 << 10;
 
 /// Values that share a scale in rows of int4.
 pub(super) const INT4_GROUP: usize = 32;
@@ -112,11 +112,11 @@ pub(super) struct Turns {
 }
 
 impl Turns {
-    /// As many sets as it takes.
-    pub(super) fn new(case: &Case) -> Self {
+    /// As many sets as it takes; of another `seed` where one side must not find what the other has just read.
+    pub(super) fn new(case: &Case, seed: u64) -> Self {
         let n = case.t * case.bag();
         let count = ROTATE_BYTES.div_ceil(n * case.row_bytes).clamp(1, ROTATE_SETS);
-        let mut random = Random::new(n as u64);
+        let mut random = Random::new(n as u64 ^ seed << 32);
         let mut id = || slot(&mut random, case.slots, case.zipf);
         Self { sets: (0..count).map(|_| (0..n).map(|_| id()).collect()).collect(), turn: 0 }
     }

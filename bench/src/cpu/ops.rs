@@ -74,7 +74,7 @@ pub(super) fn bag_sum(case: &Case, cpu: &Arc<Cpu>, tables: &mut Tables) -> Resul
 fn bag_of<E: Element>(case: &Case, cpu: &Arc<Cpu>, rows: Rows) -> Call {
     let (v, bag, cpu) = (case.v, case.bag(), cpu.clone());
     let (weights, mut out) = (reals(case.t * bag, 3), vec![0.0; case.t * v]);
-    let mut turns = Turns::new(case);
+    let mut turns = Turns::new(case, 0);
     Box::new(move || {
         let ids = turns.next();
         let codes: &[E] = bytemuck::cast_slice(&rows.codes);
@@ -127,7 +127,7 @@ pub(super) fn rows_step(case: &Case, cpu: &Arc<Cpu>, slots: usize) -> Result<Cal
 /// Plain reads of the same rows.
 pub(super) fn limit(case: &Case, cpu: &Arc<Cpu>, tables: &mut Tables, ahead: usize) -> Result<Call, BenchError> {
     let rows = tables.get(case.format, case.v, case.slots)?;
-    let (cpu, mut turns, bytes) = (cpu.clone(), Turns::new(case), case.row_bytes);
+    let (cpu, mut turns, bytes) = (cpu.clone(), Turns::new(case, 1), case.row_bytes);
     Ok(Box::new(move || {
         core::hint::black_box(cpu.read_rows(&rows.codes, bytes, turns.next(), ahead)?);
         Ok(())
