@@ -267,9 +267,5 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         for at in (0..bytes).step_by(64) {
             self.prefetch(start.wrapping_add(at));
         }
-        // Rows that fill no whole lines begin anywhere in one, and may end in one more.
-        if !bytes.is_multiple_of(64) {
-            self.prefetch(start.wrapping_add(bytes - 1));
-        }
     }
 }

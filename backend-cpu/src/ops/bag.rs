@@ -105,7 +105,15 @@ fn ask<S: Simd, T: RowStore>(
         }
         // A row's codes are as many as its values, or fewer where a code holds several.
         let (start, end) = (T::Elem::codes(start), T::Elem::codes(start + width));
-        s.prefetch_all(row.codes.get(start..end.min(row.codes.len())).unwrap_or(&[]));
+        let codes = row.codes.get(start..end.min(row.codes.len())).unwrap_or(&[]);
+        s.prefetch_all(codes);
+        // Groups with their scales are no power of two long: a block of them begins anywhere in a line, and may end in one
+        // line more than it has.
+        if T::Elem::codes(64) != 64
+            && let Some(last) = codes.last()
+        {
+            s.prefetch(core::ptr::from_ref(last).cast());
+        }
     }
 }
 
