@@ -9,8 +9,9 @@
 //! * Host memory is touched by synchronous copies alone: nothing of the device's points to it when a call returns. The
 //!   exception is [`Pinned`], which is lent to the program while the stream is idle, and which no work outlives.
 //! * Device pointers come from views ([`crate::View`], [`crate::ViewMut`]), which borrow the buffers they point into.
-//!   The operations check every length before they launch, and the kernels every id. An error there could only damage
-//!   device memory or end the context; no host memory can be reached from a kernel.
+//!   The operations check every length before they launch, and the kernels every id. Of the host's memory a kernel reaches
+//!   [`Pinned`] alone, and only `cache.cu` gets its address: it reads and writes rows whose ids it has checked against the
+//!   rows there are, at places below the capacity. An error elsewhere could only damage device memory or end the context.
 
 use core::ffi::{CStr, c_char, c_int, c_void};
 use core::ptr::NonNull;

@@ -29,6 +29,9 @@ const MOVERS: usize = 1024;
 /// it has over a table on the device.
 ///
 /// Rows that have to go are those whose last use is longest ago. Nothing comes back to the host's program in a step.
+///
+/// Do not record a load in a graph ([`Cuda::graph`]): each has a number, and is told whether rows were changed before it, so
+/// that a replay would not know which rows are old, and could drop changes.
 pub struct CachedTable<E> {
     codes: Buffer<E>,
     state: Buffer<f32>,

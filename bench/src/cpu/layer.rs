@@ -156,7 +156,7 @@ pub(super) fn grown_step(case: &Case, cpu: &Arc<Cpu>, tables: &mut Tables) -> Re
     tables.clear();
     let mut small = case.clone();
     (small.slots, small.sub_keys) = (SMALL, SMALL.isqrt());
-    // The tokens of a small table share rows; in the large one as many rows are touched by fewer tokens, some twice.
+    // The tokens of a small table share rows; in the large one about as many rows are touched by fewer tokens, some twice.
     let (slots, entries) = (SMALL as f64, (case.t * case.bag()) as f64);
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "at most T")]
     let distinct = (slots * (1.0 - (-entries / slots).exp()) / case.bag() as f64).ceil() as usize;

@@ -200,7 +200,7 @@ impl AvxVnni {
     pub(super) fn dots(self, query: &[i8; MAX_DIM], dim: usize, rows: &[i8], out: &mut [f32]) {
         let start = start(&query[..dim]);
         for (out, row) in out.iter_mut().zip(rows.chunks_exact(dim.max(1))) {
-            // SAFETY: the CPU has the features by the token; a row has at most `MAX_DIM` codes, asserted there.
+            // SAFETY: the CPU has the features by the token.
             *out = unsafe { Self::one(query, start, row) } as f32;
         }
     }
