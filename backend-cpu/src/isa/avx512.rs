@@ -154,6 +154,44 @@ impl Simd for Avx512 {
         mask.count_ones() as usize
     }
     #[inline(always)]
+    fn turn(self, (from, from_stride): (&[f32], usize), (to, to_stride): (&mut [f32], usize)) {
+        let rows: [__m512; 16] = core::array::from_fn(|i| self.load(&from[i * from_stride..]));
+        have!(self, {
+            // Pairs of rows, then fours of them: lane `l` of `fours[4 g + j]` holds column `4 l + j` of rows `4 g ..`.
+            let mut fours = rows;
+            for g in 0..4 {
+                let [a, b, c, d] = [rows[4 * g], rows[4 * g + 1], rows[4 * g + 2], rows[4 * g + 3]];
+                let (low, high) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+                let (low2, high2) = (_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+                let [low, high, low2, high2] = [low, high, low2, high2].map(|v| _mm512_castps_pd(v));
+                let columns = [
+                    _mm512_unpacklo_pd(low, low2),
+                    _mm512_unpackhi_pd(low, low2),
+                    _mm512_unpacklo_pd(high, high2),
+                    _mm512_unpackhi_pd(high, high2),
+                ];
+                for (j, column) in columns.into_iter().enumerate() {
+                    fours[4 * g + j] = _mm512_castpd_ps(column);
+                }
+            }
+            // Then the quarters of vectors, a four by four of them for each `j`.
+            for j in 0..4 {
+                let [a, b, c, d] = [fours[j], fours[4 + j], fours[8 + j], fours[12 + j]];
+                let (even, odd) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+                let (even2, odd2) = (_mm512_shuffle_f32x4::<0x88>(c, d), _mm512_shuffle_f32x4::<0xdd>(c, d));
+                let columns = [
+                    _mm512_shuffle_f32x4::<0x88>(even, even2),
+                    _mm512_shuffle_f32x4::<0x88>(odd, odd2),
+                    _mm512_shuffle_f32x4::<0xdd>(even, even2),
+                    _mm512_shuffle_f32x4::<0xdd>(odd, odd2),
+                ];
+                for (l, column) in columns.into_iter().enumerate() {
+                    self.store(column, &mut to[(4 * l + j) * to_stride..]);
+                }
+            }
+        });
+    }
+    #[inline(always)]
     fn prefetch(self, at: *const u8) {
         // A prefetch of any address is no access.
         have!(self, _mm_prefetch::<_MM_HINT_T0>(at.cast()));

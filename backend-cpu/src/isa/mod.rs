@@ -215,6 +215,18 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         }
         n
     }
+    /// Turns a square of `LANES` rows and columns: `to[j · to_stride + i] = from[i · from_stride + j]`.
+    ///
+    /// # Panics
+    /// If one of them is shorter.
+    #[inline(always)]
+    fn turn(self, (from, from_stride): (&[f32], usize), (to, to_stride): (&mut [f32], usize)) {
+        for j in 0..Self::LANES {
+            for (i, to) in to[j * to_stride..][..Self::LANES].iter_mut().enumerate() {
+                *to = from[i * from_stride + j];
+            }
+        }
+    }
     /// Asks for the cache line of `at`, which may be any address.
     fn prefetch(self, at: *const u8);
 

@@ -5,17 +5,14 @@
 
 use super::Simd;
 
-/// Vectors in a row of a tile.
-const NV: usize = 2;
-
-/// Columns of a panel.
+/// Columns of a panel: two vectors.
 #[inline(always)]
 pub(crate) const fn width<S: Simd>() -> usize {
-    NV * S::LANES
+    2 * S::LANES
 }
 
 /// The widest panel of any instruction set.
-pub(crate) const MAX_WIDTH: usize = NV * 16;
+pub(crate) const MAX_WIDTH: usize = 2 * 16;
 
 /// Depth that is run through in one go, so that a panel stays in the first cache.
 pub(crate) const DEPTH: usize = 256;
@@ -65,18 +62,21 @@ pub(crate) fn multiply<S: Simd>(
         let out = (&mut out[r * stride..], stride);
         let size = (depth, columns);
         r += match rows - r {
-            8.. if S::TILE == 8 => tile::<S, 8>(s, size, left, panel, out, more),
-            6.. if S::TILE == 6 => tile::<S, 6>(s, size, left, panel, out, more),
-            4.. => tile::<S, 4>(s, size, left, panel, out, more),
-            2.. => tile::<S, 2>(s, size, left, panel, out, more),
-            _ => tile::<S, 1>(s, size, left, panel, out, more),
+            // Half a panel leaves registers for twice the rows.
+            16.. if S::TILE == 8 && columns <= S::LANES => tile::<S, 16, 1>(s, size, left, panel, out, more),
+            12.. if S::TILE == 6 && columns <= S::LANES => tile::<S, 12, 1>(s, size, left, panel, out, more),
+            8.. if S::TILE == 8 => tile::<S, 8, 2>(s, size, left, panel, out, more),
+            6.. if S::TILE == 6 => tile::<S, 6, 2>(s, size, left, panel, out, more),
+            4.. => tile::<S, 4, 2>(s, size, left, panel, out, more),
+            2.. => tile::<S, 2, 2>(s, size, left, panel, out, more),
+            _ => tile::<S, 1, 2>(s, size, left, panel, out, more),
         };
     }
 }
 
-/// `R` rows of [`multiply`], whose checks hold for them; returns `R`.
+/// `R` rows of [`multiply`], whose checks hold for them, and `NV` vectors of its columns, at most two; returns `R`.
 #[inline(always)]
-fn tile<S: Simd, const R: usize>(
+fn tile<S: Simd, const R: usize, const NV: usize>(
     s: S,
     (depth, columns): (usize, usize),
     left: Left<'_>,
@@ -94,10 +94,10 @@ fn tile<S: Simd, const R: usize>(
     let (left_start, panel_start) = (left.data.as_ptr(), panel.data.as_ptr());
     for k in 0..depth {
         // SAFETY: `k < depth`, and `multiply` asserts that `(depth - 1) · step + width` elements of the panel exist,
-        // so both vectors from `k · step` on are in bounds.
+        // so two vectors from `k · step` on are in bounds, and there are no more.
         let b: [S::V; NV] = unsafe {
             let from = panel_start.add(k * panel.step);
-            [s.load_at(from), s.load_at(from.add(S::LANES))]
+            core::array::from_fn(|j| s.load_at(from.add(j * S::LANES)))
         };
         for (r, acc) in acc.iter_mut().enumerate() {
             // SAFETY: `r < R` rows are left, and `multiply` asserts that element (last row, last of the depth) of
@@ -115,25 +115,23 @@ fn tile<S: Simd, const R: usize>(
 }
 
 #[inline(always)]
-fn read<S: Simd>(s: S, from: &[f32], full: bool) -> [S::V; NV] {
+fn read<S: Simd, const NV: usize>(s: S, from: &[f32], full: bool) -> [S::V; NV] {
     if full {
-        return [s.load(from), s.load(&from[S::LANES..])];
+        return core::array::from_fn(|j| s.load(&from[j * S::LANES..]));
     }
     let mut whole = [0.0; MAX_WIDTH];
     whole[..from.len()].copy_from_slice(from);
-    [s.load(&whole), s.load(&whole[S::LANES..])]
+    core::array::from_fn(|j| s.load(&whole[j * S::LANES..]))
 }
 
 #[inline(always)]
-fn write<S: Simd>(s: S, acc: &[S::V; NV], to: &mut [f32], full: bool) {
+fn write<S: Simd, const NV: usize>(s: S, acc: &[S::V; NV], to: &mut [f32], full: bool) {
     if full {
-        s.store(acc[0], to);
-        s.store(acc[1], &mut to[S::LANES..]);
+        acc.iter().zip(to.chunks_exact_mut(S::LANES)).for_each(|(&acc, to)| s.store(acc, to));
         return;
     }
     let mut whole = [0.0; MAX_WIDTH];
-    s.store(acc[0], &mut whole);
-    s.store(acc[1], &mut whole[S::LANES..]);
+    acc.iter().zip(whole.chunks_exact_mut(S::LANES)).for_each(|(&acc, to)| s.store(acc, to));
     to.copy_from_slice(&whole[..to.len()]);
 }
 

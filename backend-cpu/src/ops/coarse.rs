@@ -93,82 +93,137 @@ impl Buffer {
         self.quantize_values(token, vector.len())
     }
 
-    /// The same for a row of any format.
-    fn quantize_row<E: Element>(&mut self, token: Token, row: &Row<'_, E>, dim: usize) -> (Quantized, &[i8]) {
-        match as_f32(row.codes) {
-            Some(codes) if row.scales.is_empty() => return self.quantize(token, codes),
-            _ => {}
-        }
-        for (i, value) in self.values[..dim].iter_mut().enumerate() {
-            *value = row.value::<f32>(i);
-        }
-        self.quantize_values(token, dim)
-    }
-
     fn quantize_values(&mut self, token: Token, dim: usize) -> (Quantized, &[i8]) {
         let values = &self.values[..dim.next_multiple_of(LANES)];
         let (quantized, codes) = dispatch!(token, s => quantize(s, values, &mut self.codes));
         (quantized, &codes[..dim])
     }
+
+    /// Writes a row of `dim` values of any format as integers: their scale, their bounds with the rest squared, the codes.
+    fn quantize_row<E: Element>(&mut self, token: Token, row: &Row<'_, E>, dim: usize) -> (f32, Bounds, &[i8]) {
+        let values = match as_f32(row.codes) {
+            Some(codes) if row.scales.is_empty() && dim.is_multiple_of(LANES) => codes,
+            _ => {
+                for (i, value) in self.values[..dim].iter_mut().enumerate() {
+                    *value = row.value::<f32>(i);
+                }
+                &self.values[..dim.next_multiple_of(LANES)]
+            }
+        };
+        let (scale, bounds) = dispatch!(token, s => quantize_key(s, values, &mut self.codes));
+        (scale, bounds, &self.codes[..dim])
+    }
+}
+
+/// How values become codes.
+#[derive(Clone, Copy)]
+struct Scale {
+    scale: f32,
+    inverse: f32,
+}
+
+impl Scale {
+    /// For values of magnitude up to `max`, which is [`bounded`].
+    #[inline(always)]
+    fn of(max: f32) -> Self {
+        let plain = max > 0.0 && max < f32::INFINITY;
+        if plain { Self { scale: max / 127.0, inverse: 127.0 / max } } else { Self { scale: 0.0, inverse: 0.0 } }
+    }
+
+    /// Writes whole vectors of values as codes, and gives what each vector leaves.
+    #[inline(always)]
+    fn write<S: Simd>(self, s: S, values: &[f32], codes: &mut [i8; MAX_DIM], mut rest: impl FnMut(S::V)) {
+        let (inverse, negative) = (s.splat(self.inverse), s.splat(-self.scale));
+        for (values, codes) in values.chunks_exact(S::LANES).zip(codes.chunks_exact_mut(S::LANES)) {
+            let x = s.load(values);
+            // Floats around this one are consecutive integers, and so are their bits.
+            let shifted = s.mul_add(x, inverse, s.splat(INTEGERS));
+            let mut lanes = [0.0; LANES];
+            s.store(shifted, &mut lanes);
+            for (code, lane) in codes.iter_mut().zip(lanes) {
+                *code = lane.to_bits().to_le_bytes()[0].cast_signed();
+            }
+            rest(s.mul_add(negative, s.add(shifted, s.splat(-INTEGERS)), x));
+        }
+    }
+}
+
+/// `|x|`, of values that are not NaN.
+#[inline(always)]
+fn magnitude<S: Simd>(s: S, x: S::V) -> S::V {
+    s.max(x, s.mul(x, s.splat(-1.0)))
+}
+
+/// The greatest lane of values that are not NaN.
+#[inline(always)]
+fn greatest<S: Simd>(s: S, v: S::V) -> f32 {
+    let mut lanes = [0.0; LANES];
+    s.store(v, &mut lanes);
+    let mut n = LANES;
+    while n > 1 {
+        n /= 2;
+        for i in 0..n {
+            lanes[i] = if lanes[i] > lanes[i + n] { lanes[i] } else { lanes[i + n] };
+        }
+    }
+    lanes[0]
+}
+
+/// `max`, or infinity where `rest` is NaN: it is where a value is NaN, which a maximum may pass over.
+fn unless_nan(max: f32, rest: f32) -> f32 {
+    if rest.is_nan() { f32::INFINITY } else { max }
+}
+
+/// [`quantize`] with what a sub-key needs and no more, as there are many: nothing here waits for the sub-key before.
+#[inline(always)]
+fn quantize_key<S: Simd>(s: S, values: &[f32], codes: &mut [i8; MAX_DIM]) -> (f32, Bounds) {
+    let mut max = s.splat(0.0);
+    for values in values.chunks_exact(S::LANES) {
+        max = s.max(max, magnitude(s, s.load(values)));
+    }
+    let max = bounded(greatest(s, max));
+    let scale = Scale::of(max);
+    let mut square = s.splat(0.0);
+    scale.write(s, values, codes, |rest| square = s.mul_add(rest, rest, square));
+    let rest = s.sum(square);
+    (scale.scale, Bounds { max: unless_nan(max, rest), rest })
 }
 
 /// Writes whole vectors of values as integers.
 #[inline(always)]
 fn quantize<'a, S: Simd>(s: S, values: &[f32], codes: &'a mut [i8; MAX_DIM]) -> (Quantized, &'a [i8]) {
-    let len = values.len();
-    let values = values.as_chunks::<LANES>().0;
-    // Lanes that the compiler makes vectors. The bits of magnitudes are in their order, and those of NaN above all.
-    let (mut max, mut sum, mut square) = ([0; LANES], [0.0; LANES], [0.0; LANES]);
-    for values in values {
-        for (i, &x) in values.iter().enumerate() {
-            max[i] = x.abs().to_bits().max(max[i]);
-            sum[i] += x.abs();
-            square[i] += x * x;
-        }
+    let zero = s.splat(0.0);
+    let (mut max, mut sum, mut square) = (zero, zero, zero);
+    for values in values.chunks_exact(S::LANES) {
+        let x = s.load(values);
+        let size = magnitude(s, x);
+        (max, sum, square) = (s.max(max, size), s.add(sum, size), s.mul_add(x, x, square));
     }
-    let max = bounded(f32::from_bits(max.into_iter().fold(0, u32::max)));
-    let (scale, inverse) = if max > 0.0 && max < f32::INFINITY { (max / 127.0, 127.0 / max) } else { (0.0, 0.0) };
-    let (mut rest_sum, mut rest_square) = ([0.0; LANES], [0.0; LANES]);
-    for (values, codes) in values.iter().zip(codes.as_chunks_mut::<LANES>().0) {
-        for (i, (&x, code)) in values.iter().zip(codes).enumerate() {
-            // Floats around this one are consecutive integers, and so are their bits.
-            let shifted = x * inverse + INTEGERS;
-            *code = shifted.to_bits().to_le_bytes()[0].cast_signed();
-            let rest = x - scale * (shifted - INTEGERS);
-            rest_sum[i] += rest.abs();
-            rest_square[i] += rest * rest;
-        }
-    }
+    let max = bounded(greatest(s, max));
+    let scale = Scale::of(max);
+    let (mut rest_sum, mut rest_square) = (zero, zero);
+    scale.write(s, values, codes, |rest| {
+        (rest_sum, rest_square) = (s.add(rest_sum, magnitude(s, rest)), s.mul_add(rest, rest, rest_square));
+    });
+    let rest_norm = s.sum(rest_square).sqrt();
     let quantized = Quantized {
-        scale,
-        max,
-        sum: total(s, &sum),
-        norm: total(s, &square).sqrt(),
-        rest_sum: total(s, &rest_sum),
-        rest_norm: total(s, &rest_square).sqrt(),
+        scale: scale.scale,
+        max: unless_nan(max, rest_norm),
+        sum: s.sum(sum),
+        norm: s.sum(square).sqrt(),
+        rest_sum: s.sum(rest_sum),
+        rest_norm,
     };
-    (quantized, &codes[..len])
+    (quantized, &codes[..values.len()])
 }
 
+/// Most scalars of a vector.
 const LANES: usize = 16;
 
 /// 1.5 · 2^23.
 const INTEGERS: f32 = 12_582_912.0;
 
-#[inline(always)]
-fn total<S: Simd>(s: S, lanes: &[f32; LANES]) -> f32 {
-    let mut sum = s.splat(0.0);
-    for lanes in lanes.chunks_exact(S::LANES) {
-        sum = s.add(sum, s.load(lanes));
-    }
-    s.sum(sum)
-}
-
 impl Quantized {
-    fn bounds(&self) -> Bounds {
-        Bounds { max: self.max, rest: self.rest_norm }
-    }
-
     /// How far the coarse score of a sub-key among the best can be below the K-th best coarse one, in units of this
     /// query's scale: `2m` of the head of this file. It is no number, or infinite, where nothing is known.
     pub(super) fn margin(&self, dim: usize, keys: Bounds) -> f32 {
@@ -229,12 +284,13 @@ impl Panel<'_> {
                 self.scales[n] = scale;
                 bounds = bounds.and(Bounds::of_scale(scale));
             } else {
-                let (quantized, codes) = buffer.quantize_row(token, &row, dim);
+                let (scale, squared, codes) = buffer.quantize_row(token, &row, dim);
                 int8.pack_column(codes, n, self.codes);
-                self.scales[n] = quantized.scale;
-                bounds = bounds.and(quantized.bounds());
+                self.scales[n] = scale;
+                bounds = bounds.and(squared);
             }
         }
+        bounds.rest = bounds.rest.sqrt();
         bounds.store(self.bounds);
     }
 }
@@ -331,17 +387,18 @@ mod tests {
         let (mut buffer, mut other) = (Buffer::new(), Buffer::new());
         let (q, codes) = buffer.quantize(token(), &query);
         let mut pack = |key: &Vec<f32>| {
-            let (quantized, codes) = other.quantize(token(), key);
-            (quantized, codes.to_vec())
+            let row = Row { codes: &key[..], scales: &[], group: dim };
+            let (scale, squared, codes) = other.quantize_row(token(), &row, dim);
+            (scale, Bounds { rest: squared.rest.sqrt(), ..squared }, codes.to_vec())
         };
         let packed: Vec<_> = keys.iter().map(&mut pack).collect();
-        let bounds = packed.iter().fold(Bounds::NONE, |bounds, (k, _)| bounds.and(k.bounds()));
+        let bounds = packed.iter().fold(Bounds::NONE, |bounds, (_, k, _)| bounds.and(*k));
         let half = f64::from(q.margin(dim, bounds)) / 2.0 * f64::from(q.scale);
         let (mut worst, mut square) = (0.0_f64, 0.0);
-        for (key, (k, key_codes)) in keys.iter().zip(&packed) {
+        for (key, (scale, _, key_codes)) in keys.iter().zip(&packed) {
             let exact: f64 = query.iter().zip(key).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
             let sum: i32 = codes.iter().zip(key_codes).map(|(&a, &b)| i32::from(a) * i32::from(b)).sum();
-            let coarse = f64::from(q.scale) * f64::from(k.scale * sum as f32);
+            let coarse = f64::from(q.scale) * f64::from(scale * sum as f32);
             worst = worst.max((coarse - exact).abs() / half);
             square += exact * exact;
         }

@@ -9,6 +9,7 @@ mod plan;
 mod select;
 mod select_backward;
 mod topk;
+mod turned;
 
 /// Rows of a call that one piece of work takes, so that there are enough pieces and each is worth its start.
 pub(crate) fn piece(rows: usize, cost_of_row: usize) -> usize {

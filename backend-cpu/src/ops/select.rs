@@ -1,7 +1,8 @@
 //! Selection: scores of a tile of tokens as a product into scratch that stays in the cache, then the best of them.
 
+use memlayer_core::element::Format;
 use memlayer_core::ops::select::{Select, SelectBackward, SelectDims, SelectRows};
-use memlayer_core::{ArgError, RowStore, Scratch, ScratchReq};
+use memlayer_core::{ArgError, Element, RowStore, Scratch, ScratchReq};
 
 use crate::Cpu;
 use crate::isa::int8::{self, Int8, MAX_DIM, ROWS};
@@ -11,6 +12,7 @@ use crate::isa::{Simd, dispatch};
 use crate::ops::bag::{Dot, row_cost};
 use crate::ops::choose::{Bag, Choice, Chooser, Half};
 use crate::ops::coarse::{self, Bounds, Buffer};
+use crate::ops::turned::{self, Turned};
 use crate::ops::{piece, select_backward};
 
 /// With fewer tokens the keys are read where they are; with more they are first laid out for the product.
@@ -24,6 +26,8 @@ const KEYS: usize = 128;
 enum Way {
     /// Where they lie, for few tokens: in `f32`, or coarsely where they are int8.
     Few,
+    /// Where they lie, for some tokens at a time.
+    Turned,
     /// As a product of matrices in `f32`.
     Product,
     /// As a product of matrices of integers, coarsely.
@@ -48,11 +52,14 @@ struct Layout {
 }
 
 impl Layout {
-    fn new(dims: SelectDims, cpu: &Cpu) -> Self {
+    fn new(dims: SelectDims, keys: Format, cpu: &Cpu) -> Self {
         let SelectDims { tokens, parts, sub_keys, half_dim, top_k, .. } = dims;
         let padded = sub_keys.next_multiple_of(MAX_WIDTH);
         let choice = Choice { parts, sub_keys, top_k };
+        // Sub-keys that are integers need not be made such for each call.
+        let as_they_lie = keys == Format::Int8 && cpu.int8.is_some();
         let way = match cpu.int8 {
+            _ if turned::TOKENS.contains(&tokens) && !as_they_lie => Way::Turned,
             _ if tokens < FEW => Way::Few,
             Some(int8) if half_dim <= MAX_DIM && choice.has_many() => Way::Coarse(int8),
             _ => Way::Product,
@@ -65,6 +72,10 @@ impl Layout {
             Way::Few => {
                 let shared = tokens * halves * (padded + Bounds::LEN * sub_keys.div_ceil(KEYS));
                 (1, ScratchReq::new(shared, 0), choosing)
+            }
+            Way::Turned => {
+                let turned = Turned::new(dims);
+                (1, turned.shared(), ScratchReq::new(parts * padded, 0).or(turned.worker()).and(choosing))
             }
             Way::Product => {
                 // The scores of a half stay in the second cache.
@@ -99,7 +110,7 @@ impl Layout {
 
 impl<K: RowStore + Sync> SelectRows<K> for Cpu {
     fn select_scratch(&self, dims: SelectDims) -> ScratchReq {
-        let layout = Layout::new(dims, self);
+        let layout = Layout::new(dims, K::Elem::FORMAT, self);
         layout.worker.times(self.threads()).and(layout.shared)
     }
 
@@ -107,11 +118,12 @@ impl<K: RowStore + Sync> SelectRows<K> for Cpu {
         args.check()?;
         let dims = args.dims;
         scratch.check("select", SelectRows::<K>::select_scratch(self, dims))?;
-        let layout = Layout::new(dims, self);
+        let layout = Layout::new(dims, K::Elem::FORMAT, self);
         let (shared, scratch) = scratch.take_reals(layout.shared.reals);
         let (shared_ids, scratch) = scratch.take_ids(layout.shared.ids);
         match layout.way {
             Way::Few => self.select_few(&layout, args, shared, scratch),
+            Way::Turned => self.select_turned(&layout, args, shared, scratch),
             Way::Product => {
                 self.lay_out_keys(&layout, args.keys, shared);
                 self.select_tiles(&layout, args, shared, scratch);
@@ -226,6 +238,31 @@ impl Cpu {
                 Half { query, first: dims.key_row(th % dims.heads, p, 0), margin }
             };
             self.choose_or_score(chooser, args.keys, [half(0), half(dims.parts - 1)], scores, &mut bag);
+        });
+    }
+
+    /// Some tokens: all scores first, by every worker.
+    fn select_turned<K: RowStore + Sync>(
+        &self,
+        layout: &Layout,
+        args: Select<'_, Self, K>,
+        shared: &mut [f32],
+        mut scratch: Scratch<'_, Self>,
+    ) {
+        let (dims, turned) = (layout.dims, Turned::new(layout.dims));
+        let workers = layout.workers(scratch.reborrow()).map(|(scores, ..)| scores);
+        self.score_turned(&turned, args.queries, args.keys, shared, workers);
+        let shared = &*shared;
+        let bags = bags(dims.top_k, args.ids, args.scores, args.weights).enumerate();
+        let cost = dims.tokens * dims.heads * (400 + dims.parts * dims.sub_keys / 4);
+        self.pool.for_each_with(cost, bags, layout.workers(scratch), |(scores, _, chooser), (th, mut bag)| {
+            let (t, h) = (th / dims.heads, th % dims.heads);
+            for (p, scores) in scores.chunks_exact_mut(layout.padded).take(dims.parts).enumerate() {
+                turned.gather(shared, h * dims.parts + p, t, &mut scores[..dims.sub_keys]);
+            }
+            let (first, second) = scores.split_at_mut(layout.padded);
+            let second = if dims.parts == 2 { &mut second[..layout.padded] } else { &mut [][..] };
+            chooser.choose(self.token, (first, second), &mut bag);
         });
     }
 
