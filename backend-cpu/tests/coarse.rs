@@ -49,7 +49,8 @@ fn integers(random: &mut Random, n: usize, most: u64) -> Vec<f32> {
 fn each(mut run: impl FnMut(SelectDims, &mut Random, &[Cpu])) {
     let (cpus, random) = (backends(), &mut Random(11));
     for (sub_keys, half_dim, top_k) in SIZES {
-        for (tokens, parts) in [(1, 2), (5, 1), (16, 1), (43, 2)] {
+        // Few, some whose scores are a product with the sub-keys where they lie, and many.
+        for (tokens, parts) in [(1, 2), (5, 1), (16, 1), (43, 2), (67, 2)] {
             run(SelectDims { tokens, heads: 2, parts, sub_keys, half_dim, top_k }, random, &cpus);
         }
     }
@@ -141,13 +142,15 @@ fn packed_keys() {
 
 #[test]
 fn threads_change_nothing() {
-    let dims = SelectDims { tokens: 37, heads: 3, parts: 2, sub_keys: 900, half_dim: 50, top_k: 32 };
-    let random = &mut Random(12);
-    let (queries, keys) = (random.reals(dims.queries_len()), random.reals(dims.key_rows() * 50));
-    let cpus = backends();
-    for of_isa in cpus.chunk_by(|a, b| a.isa() == b.isa()) {
-        let got = |cpu: &Cpu| selected(cpu, dims, &queries, &DenseRows::new(&keys, 50));
-        let first = got(&of_isa[0]);
-        of_isa[1..].iter().for_each(|cpu| assert_eq!(got(cpu), first, "{}", cpu.name()));
+    for tokens in [3, 37, 97] {
+        let dims = SelectDims { tokens, heads: 3, parts: 2, sub_keys: 900, half_dim: 50, top_k: 32 };
+        let random = &mut Random(12);
+        let (queries, keys) = (random.reals(dims.queries_len()), random.reals(dims.key_rows() * 50));
+        let cpus = backends();
+        for of_isa in cpus.chunk_by(|a, b| a.isa() == b.isa()) {
+            let got = |cpu: &Cpu| selected(cpu, dims, &queries, &DenseRows::new(&keys, 50));
+            let first = got(&of_isa[0]);
+            of_isa[1..].iter().for_each(|cpu| assert_eq!(got(cpu), first, "{}, {tokens} tokens", cpu.name()));
+        }
     }
 }

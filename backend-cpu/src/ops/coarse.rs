@@ -2,9 +2,9 @@
 //! decide, so that the selection is theirs.
 //!
 //! With a query `q = s·a + r` and a sub-key `k = z·b + e`, `a` and `b` integers,
-//! `<q, k> - s·z·<a, b> = <r, k> + <s·a, e>`, in magnitude at most `|r|₁·|k|∞ + (|q|₂ + |r|₂)·|e|₂`; the rounding of
-//! sums of C products adds less than `2(C + 16)·ε·|q|₁·|k|∞`. Where `m` bounds that, a sub-key among the best K has a
-//! coarse score of at least the K-th best coarse one less `2m`.
+//! `<q, k> - s·z·<a, b> = <r, k> + <s·a, e>`, in magnitude at most `min(|r|₁·|k|∞, |r|₂·|k|₂) + (|q|₂ + |r|₂)·|e|₂`; the
+//! rounding of sums of C products adds less than `2(C + 16)·ε·|q|₁·|k|∞`. Where `m` bounds that, a sub-key among the best
+//! K has a coarse score of at least the K-th best coarse one less `2m`.
 
 use memlayer_core::element::Format;
 use memlayer_core::{Element, Row, RowStore};
@@ -47,29 +47,36 @@ pub(super) struct Quantized {
 pub(super) struct Bounds {
     /// `|k|∞`.
     max: f32,
+    /// `|k|₂`.
+    norm: f32,
     /// `|e|₂`.
     rest: f32,
 }
 
 impl Bounds {
     /// Of no sub-keys.
-    pub(super) const NONE: Self = Self { max: 0.0, rest: 0.0 };
+    pub(super) const NONE: Self = Self { max: 0.0, norm: 0.0, rest: 0.0 };
     /// As scalars in scratch.
-    pub(super) const LEN: usize = 2;
+    pub(super) const LEN: usize = 3;
 
     /// Of int8 codes with a scale.
     pub(super) fn of_scale(scale: f32) -> Self {
-        Self { max: bounded(128.0 * scale.abs()), rest: 0.0 }
+        Self { max: bounded(128.0 * scale.abs()), norm: f32::INFINITY, rest: 0.0 }
     }
     pub(super) fn and(self, other: Self) -> Self {
-        Self { max: self.max.max(other.max), rest: self.rest.max(other.rest) }
+        let Self { max, norm, rest } = self;
+        Self { max: max.max(other.max), norm: norm.max(other.norm), rest: rest.max(other.rest) }
+    }
+    /// Of bounds whose norms are squared.
+    fn root(self) -> Self {
+        Self { norm: self.norm.sqrt(), rest: self.rest.sqrt(), ..self }
     }
     pub(super) fn store(self, to: &mut [f32]) {
-        to.copy_from_slice(&[self.max, self.rest]);
+        to.copy_from_slice(&[self.max, self.norm, self.rest]);
     }
     /// Of all that were stored.
     pub(super) fn load(from: &[f32]) -> Self {
-        let stored = from.chunks_exact(Self::LEN).map(|two| Self { max: two[0], rest: two[1] });
+        let stored = from.chunks_exact(Self::LEN).map(|of| Self { max: of[0], norm: of[1], rest: of[2] });
         stored.fold(Self::NONE, Self::and)
     }
 }
@@ -99,7 +106,7 @@ impl Buffer {
         (quantized, &codes[..dim])
     }
 
-    /// Writes a row of `dim` values of any format as integers: their scale, their bounds with the rest squared, the codes.
+    /// Writes a row of `dim` values of any format as integers: their scale, their bounds with the norms squared, the codes.
     fn quantize_row<E: Element>(&mut self, token: Token, row: &Row<'_, E>, dim: usize) -> (f32, Bounds, &[i8]) {
         let values = match as_f32(row.codes) {
             Some(codes) if row.scales.is_empty() && dim.is_multiple_of(LANES) => codes,
@@ -177,16 +184,17 @@ fn unless_nan(max: f32, rest: f32) -> f32 {
 /// [`quantize`] with what a sub-key needs and no more, as there are many: nothing here waits for the sub-key before.
 #[inline(always)]
 fn quantize_key<S: Simd>(s: S, values: &[f32], codes: &mut [i8; MAX_DIM]) -> (f32, Bounds) {
-    let mut max = s.splat(0.0);
+    let (mut max, mut square) = (s.splat(0.0), s.splat(0.0));
     for values in values.chunks_exact(S::LANES) {
-        max = s.max(max, magnitude(s, s.load(values)));
+        let x = s.load(values);
+        (max, square) = (s.max(max, magnitude(s, x)), s.mul_add(x, x, square));
     }
     let max = bounded(greatest(s, max));
     let scale = Scale::of(max);
-    let mut square = s.splat(0.0);
-    scale.write(s, values, codes, |rest| square = s.mul_add(rest, rest, square));
-    let rest = s.sum(square);
-    (scale.scale, Bounds { max: unless_nan(max, rest), rest })
+    let mut rest_square = s.splat(0.0);
+    scale.write(s, values, codes, |rest| rest_square = s.mul_add(rest, rest, rest_square));
+    let rest = s.sum(rest_square);
+    (scale.scale, Bounds { max: unless_nan(max, rest), norm: s.sum(square), rest })
 }
 
 /// Writes whole vectors of values as integers.
@@ -217,6 +225,14 @@ fn quantize<'a, S: Simd>(s: S, values: &[f32], codes: &'a mut [i8; MAX_DIM]) -> 
     (quantized, &codes[..values.len()])
 }
 
+/// `|scale · codes|₂²`.
+fn square(token: Token, scale: f32, codes: &[i8]) -> f32 {
+    dispatch!(token, _s => {
+        let squares = codes.iter().map(|&code| i32::from(code) * i32::from(code));
+        scale * scale * squares.sum::<i32>() as f32
+    })
+}
+
 /// Most scalars of a vector.
 const LANES: usize = 16;
 
@@ -227,7 +243,8 @@ impl Quantized {
     /// How far the coarse score of a sub-key among the best can be below the K-th best coarse one, in units of this
     /// query's scale: `2m` of the head of this file. It is no number, or infinite, where nothing is known.
     pub(super) fn margin(&self, dim: usize, keys: Bounds) -> f32 {
-        let rest = self.rest_sum * keys.max + (self.norm + self.rest_norm) * keys.rest;
+        let rest = (self.rest_sum * keys.max).min(self.rest_norm * keys.norm);
+        let rest = rest + (self.norm + self.rest_norm) * keys.rest;
         let rounding = 2.0 * (dim as f32 + 16.0) * f32::EPSILON * self.sum * keys.max;
         let margin = 2.0 * ROUNDING * (rest + rounding) / self.scale;
         if self.max < f32::INFINITY { margin } else { f32::INFINITY }
@@ -282,7 +299,7 @@ impl Panel<'_> {
             if let Some((codes, scale)) = as_int8(&row) {
                 int8.pack_column(codes, n, self.codes);
                 self.scales[n] = scale;
-                bounds = bounds.and(Bounds::of_scale(scale));
+                bounds = bounds.and(Bounds { norm: square(token, scale, codes), ..Bounds::of_scale(scale) });
             } else {
                 let (scale, squared, codes) = buffer.quantize_row(token, &row, dim);
                 int8.pack_column(codes, n, self.codes);
@@ -290,8 +307,7 @@ impl Panel<'_> {
                 bounds = bounds.and(squared);
             }
         }
-        bounds.rest = bounds.rest.sqrt();
-        bounds.store(self.bounds);
+        bounds.root().store(self.bounds);
     }
 }
 
@@ -389,7 +405,7 @@ mod tests {
         let mut pack = |key: &Vec<f32>| {
             let row = Row { codes: &key[..], scales: &[], group: dim };
             let (scale, squared, codes) = other.quantize_row(token(), &row, dim);
-            (scale, Bounds { rest: squared.rest.sqrt(), ..squared }, codes.to_vec())
+            (scale, squared.root(), codes.to_vec())
         };
         let packed: Vec<_> = keys.iter().map(&mut pack).collect();
         let bounds = packed.iter().fold(Bounds::NONE, |bounds, (_, k, _)| bounds.and(*k));
@@ -427,7 +443,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_bounded_is_infinite() {
-        let bounds = Bounds { max: 1.0, rest: 0.01 };
+        let bounds = Bounds { max: 1.0, norm: 2.0, rest: 0.01 };
         for x in [f32::NAN, f32::INFINITY, 1e20, 1e-20, 0.0] {
             let mut query = [0.0; 5];
             query[3] = x;

@@ -2,7 +2,7 @@
 //! tokens are laid out, as its columns, and the sub-keys are read where they lie.
 
 use memlayer_core::ops::select::SelectDims;
-use memlayer_core::{RowStore, ScratchReq};
+use memlayer_core::{Element, Row, RowStore, ScratchReq};
 
 use crate::Cpu;
 use crate::isa::product::{self, DEPTH, Left, MAX_WIDTH, Panel};
@@ -82,7 +82,7 @@ impl Cpu {
             let (half, first) = (i / turned.pieces, i % turned.pieces * KEYS);
             let count = KEYS.min(sub_keys - first);
             let (wide, tile) = worker.split_at_mut(KEYS * c);
-            let rows = rows(keys, half * sub_keys + first, count, c, wide);
+            let rows = rows(self.token, keys, (half * sub_keys + first, count, c), wide);
             multiply(self.token, rows, (count, c), &columns[half * half_len..], tile, out);
         });
     }
@@ -100,21 +100,41 @@ fn lay_out<S: Simd>(s: S, queries: &[f32], (row, tokens, c): (usize, usize, usiz
 }
 
 /// Rows `first..first + count` of the keys, one after the other: where they lie, or else in `wide`.
-fn rows<'a, K: RowStore>(keys: &'a K, first: usize, count: usize, c: usize, wide: &'a mut [f32]) -> &'a [f32] {
+fn rows<'a, K: RowStore>(
+    token: Token,
+    keys: &'a K,
+    (first, count, c): (usize, usize, usize),
+    wide: &'a mut [f32],
+) -> &'a [f32] {
     #[allow(clippy::cast_possible_truncation, reason = "a row of a table: ids have 32 bits")]
     let id = |n: usize| (first + n) as u32;
     let run = keys.run(id(0), count).filter(|run| run.scales.is_empty());
     if let Some(codes) = run.and_then(|run| as_f32(run.codes)) {
         return codes;
     }
-    for (n, wide) in wide.chunks_exact_mut(c).take(count).enumerate() {
-        let row = keys.row(id(n));
-        widen(row.codes, 0, wide);
-        if !row.scales.is_empty() {
-            wide.iter_mut().enumerate().for_each(|(i, x)| *x *= row.scale::<f32>(i));
+    dispatch!(token, s => {
+        for (n, wide) in wide.chunks_exact_mut(c).take(count).enumerate() {
+            write_row(s, &keys.row(id(n)), wide);
         }
-    }
+    });
     wide
+}
+
+/// The values of a row.
+#[inline(always)]
+fn write_row<S: Simd, E: Element>(s: S, row: &Row<'_, E>, to: &mut [f32]) {
+    let mut vectors = to.chunks_exact_mut(S::LANES);
+    let mut col = 0;
+    for to in &mut vectors {
+        s.store(s.widen(row.codes, col), to);
+        col += S::LANES;
+    }
+    widen(row.codes, col, vectors.into_remainder());
+    match row.scales {
+        [] => {}
+        [scale] => to.iter_mut().for_each(|x| *x *= scale),
+        _ => to.iter_mut().enumerate().for_each(|(i, x)| *x *= row.scale::<f32>(i)),
+    }
 }
 
 /// The scores `[tokens, KEYS]` of `count` sub-keys. Behind them they mean nothing.
