@@ -141,6 +141,28 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn turn(self, (from, from_stride): (&[f32], usize), (to, to_stride): (&mut [f32], usize)) {
+        let rows: [__m256; 8] = core::array::from_fn(|i| self.load(&from[i * from_stride..]));
+        // Lane half `l` of column `j` of a four of rows holds column `4 l + j` of them.
+        let four = |i: usize| {
+            have!(self, {
+                let (low, high) = (_mm256_unpacklo_ps(rows[i], rows[i + 1]), _mm256_unpackhi_ps(rows[i], rows[i + 1]));
+                let (low2, high2) =
+                    (_mm256_unpacklo_ps(rows[i + 2], rows[i + 3]), _mm256_unpackhi_ps(rows[i + 2], rows[i + 3]));
+                [
+                    _mm256_shuffle_ps::<0x44>(low, low2),
+                    _mm256_shuffle_ps::<0xee>(low, low2),
+                    _mm256_shuffle_ps::<0x44>(high, high2),
+                    _mm256_shuffle_ps::<0xee>(high, high2),
+                ]
+            })
+        };
+        for (j, (upper, lower)) in four(0).into_iter().zip(four(4)).enumerate() {
+            self.store(have!(self, _mm256_permute2f128_ps::<0x20>(upper, lower)), &mut to[j * to_stride..]);
+            self.store(have!(self, _mm256_permute2f128_ps::<0x31>(upper, lower)), &mut to[(4 + j) * to_stride..]);
+        }
+    }
+    #[inline(always)]
     fn prefetch(self, at: *const u8) {
         // A prefetch of any address is no access.
         have!(self, _mm_prefetch::<_MM_HINT_T0>(at.cast()));

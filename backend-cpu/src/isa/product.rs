@@ -50,7 +50,7 @@ pub(crate) fn multiply<S: Simd>(
     if rows == 0 || columns == 0 {
         return;
     }
-    assert!(columns <= width::<S>() && columns <= stride.max(columns));
+    assert!(columns <= width::<S>());
     assert!((rows - 1) * stride + columns <= out.len(), "out of a product");
     if depth > 0 {
         assert!((rows - 1) * left.row + (depth - 1) * left.step < left.data.len(), "left of a product");
@@ -84,11 +84,22 @@ fn tile<S: Simd, const R: usize, const NV: usize>(
     (out, stride): (&mut [f32], usize),
     more: bool,
 ) -> usize {
-    let full = columns == NV * S::LANES;
+    // Columns that fill no vector go by way of a tile of their own. Both loops over the accumulators are of a length that
+    // the compiler knows and cannot fail: else it would keep them in memory while the depth runs past.
+    let whole = columns == NV * S::LANES;
+    let mut edge = [[0.0; MAX_WIDTH]; R];
+    if more && !whole {
+        edge.iter_mut().enumerate().for_each(|(r, to)| to[..columns].copy_from_slice(&out[r * stride..][..columns]));
+    }
+    let (to, to_stride) = if whole { (out.as_mut_ptr(), stride) } else { (edge.as_mut_ptr().cast::<f32>(), MAX_WIDTH) };
     let mut acc = [[s.splat(0.0); NV]; R];
     if more {
         for (r, acc) in acc.iter_mut().enumerate() {
-            *acc = read(s, &out[r * stride..r * stride + columns], full);
+            for (j, acc) in acc.iter_mut().enumerate() {
+                // SAFETY: `r < R` rows are left and `NV` vectors are all columns, so that `multiply` asserts that they are
+                // in `out`; a row of the edge has room for both.
+                *acc = unsafe { s.load_at(to.add(r * to_stride + j * S::LANES)) };
+            }
         }
     }
     let (left_start, panel_start) = (left.data.as_ptr(), panel.data.as_ptr());
@@ -109,44 +120,36 @@ fn tile<S: Simd, const R: usize, const NV: usize>(
         }
     }
     for (r, acc) in acc.iter().enumerate() {
-        write(s, acc, &mut out[r * stride..r * stride + columns], full);
+        for (j, &acc) in acc.iter().enumerate() {
+            // SAFETY: as for the loads; both are borrowed mutably.
+            unsafe { s.store_at(acc, to.add(r * to_stride + j * S::LANES)) };
+        }
+    }
+    if !whole {
+        edge.iter().enumerate().for_each(|(r, from)| out[r * stride..][..columns].copy_from_slice(&from[..columns]));
     }
     R
-}
-
-#[inline(always)]
-fn read<S: Simd, const NV: usize>(s: S, from: &[f32], full: bool) -> [S::V; NV] {
-    if full {
-        return core::array::from_fn(|j| s.load(&from[j * S::LANES..]));
-    }
-    let mut whole = [0.0; MAX_WIDTH];
-    whole[..from.len()].copy_from_slice(from);
-    core::array::from_fn(|j| s.load(&whole[j * S::LANES..]))
-}
-
-#[inline(always)]
-fn write<S: Simd, const NV: usize>(s: S, acc: &[S::V; NV], to: &mut [f32], full: bool) {
-    if full {
-        acc.iter().zip(to.chunks_exact_mut(S::LANES)).for_each(|(&acc, to)| s.store(acc, to));
-        return;
-    }
-    let mut whole = [0.0; MAX_WIDTH];
-    acc.iter().zip(whole.chunks_exact_mut(S::LANES)).for_each(|(&acc, to)| s.store(acc, to));
-    to.copy_from_slice(&whole[..to.len()]);
 }
 
 /// Makes a panel, rows of [`width`], out of up to so many rows of `depth` elements at `rows[n · stride..]`; columns
 /// without a row are zero.
 #[inline(always)]
-pub(crate) fn transpose<S: Simd>(rows: &[f32], stride: usize, count: usize, depth: usize, panel: &mut [f32]) {
+pub(crate) fn transpose<S: Simd>(s: S, rows: &[f32], stride: usize, count: usize, depth: usize, panel: &mut [f32]) {
     let width = width::<S>();
     if count < width {
         panel[..depth * width].fill(0.0);
     }
+    // Whole squares, then the rows and the ends of rows that fill none.
+    let (squares, deep) = (count / S::LANES * S::LANES, depth / S::LANES * S::LANES);
+    for n in (0..squares).step_by(S::LANES) {
+        for k in (0..deep).step_by(S::LANES) {
+            s.turn((&rows[n * stride + k..], stride), (&mut panel[k * width + n..], width));
+        }
+    }
     for n in 0..count {
-        let row = &rows[n * stride..n * stride + depth];
-        for (&x, to) in row.iter().zip(panel[n..].iter_mut().step_by(width)) {
-            *to = x;
+        let start = if n < squares { deep } else { 0 };
+        for k in start..depth {
+            panel[k * width + n] = rows[n * stride + k];
         }
     }
 }

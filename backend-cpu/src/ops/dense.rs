@@ -22,7 +22,8 @@ impl Cpu {
     /// Rows of a product that one piece of work takes: pieces enough for all, but not more panels to make than is
     /// worth it. No result depends on it.
     fn rows_of_piece(&self, rows: usize) -> usize {
-        rows.div_ceil(4 * self.threads()).next_multiple_of(8).clamp(8, 256)
+        let pieces = if self.threads() == 1 { 1 } else { 2 * self.threads() };
+        rows.div_ceil(pieces).next_multiple_of(8).clamp(8, 256)
     }
 
     /// `out = x · weightᵀ` for few tokens or outputs.
@@ -77,8 +78,11 @@ impl Cpu {
     }
 }
 
-/// `out[R, I] = left[R, depth] · right[depth, I]`, or added to it: `right` is read where it is, but for a last panel
-/// that is not full.
+/// Rows for which a panel is copied together first: where it lies, its rows may be a power of two apart, and few of them
+/// then fit into the first cache at a time.
+const COPIED: usize = 16;
+
+/// `out[R, I] = left[R, depth] · right[depth, I]`, or added to it.
 #[inline(always)]
 fn rows_product<S: Simd>(
     s: S,
@@ -89,19 +93,26 @@ fn rows_product<S: Simd>(
     accumulate: bool,
 ) {
     let rows = out.len() / width;
-    let mut tail = [0.0; DEPTH * MAX_WIDTH];
+    let mut copy = [0.0; DEPTH * MAX_WIDTH];
     for k in (0..depth).step_by(DEPTH) {
         let (size, more) = (DEPTH.min(depth - k), accumulate || k > 0);
         let left = Left { data: &left.data[k * left.step..], ..left };
         for col in (0..width).step_by(product::width::<S>()) {
             let columns = product::width::<S>().min(width - col);
-            let panel = if columns == product::width::<S>() {
+            let whole = columns == product::width::<S>();
+            let panel = if whole && rows < COPIED {
                 Panel { data: &right[k * width + col..], step: width }
             } else {
-                for (j, to) in tail.chunks_exact_mut(product::width::<S>()).take(size).enumerate() {
-                    to[..columns].copy_from_slice(&right[(k + j) * width + col..][..columns]);
+                for (j, to) in copy.chunks_exact_mut(product::width::<S>()).take(size).enumerate() {
+                    let from = &right[(k + j) * width + col..];
+                    // A copy of a length that the compiler knows is no call.
+                    if whole {
+                        to.copy_from_slice(&from[..to.len()])
+                    } else {
+                        to[..columns].copy_from_slice(&from[..columns])
+                    }
                 }
-                Panel { data: &tail, step: product::width::<S>() }
+                Panel { data: &copy, step: product::width::<S>() }
             };
             product::multiply(s, (rows, size, columns), left, panel, (&mut out[col..], width), more);
         }
@@ -121,7 +132,7 @@ fn linear_rows<S: Simd>(s: S, x: &[f32], weight: &[f32], bias: Option<&[f32]>, d
         let columns = width.min(outputs - col);
         for k in (0..inputs).step_by(DEPTH) {
             let depth = DEPTH.min(inputs - k);
-            product::transpose::<S>(&weight[col * inputs + k..], inputs, columns, depth, &mut panel);
+            product::transpose(s, &weight[col * inputs + k..], inputs, columns, depth, &mut panel);
             let left = Left { data: &x[k..], row: inputs, step: 1 };
             let panel = Panel { data: &panel, step: width };
             product::multiply(s, (rows, depth, columns), left, panel, (&mut out[col..], outputs), k > 0);

@@ -447,8 +447,13 @@ fn panel_width<S: Simd>(_: S) -> usize {
 
 /// Rows `first..first + count` of the keys as the columns of `panel`, the other columns zero.
 #[inline(always)]
-fn lay_out<S: Simd, K: RowStore>(_: S, keys: &K, first: usize, count: usize, dim: usize, panel: &mut [f32]) {
+fn lay_out<S: Simd, K: RowStore>(s: S, keys: &K, first: usize, count: usize, dim: usize, panel: &mut [f32]) {
     let width = product::width::<S>();
+    #[allow(clippy::cast_possible_truncation, reason = "a row of a table: ids have 32 bits")]
+    let run = keys.run(first as u32, count).filter(|run| run.scales.is_empty());
+    if let Some(codes) = run.and_then(|run| as_f32(run.codes)) {
+        return product::transpose(s, codes, dim, count, dim, panel);
+    }
     if count < width {
         panel.fill(0.0);
     }

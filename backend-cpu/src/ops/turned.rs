@@ -91,11 +91,10 @@ impl Cpu {
 /// The queries of a half, from one token's to the next `row` apart, as the columns of panels.
 #[inline(always)]
 fn lay_out<S: Simd>(s: S, queries: &[f32], (row, tokens, c): (usize, usize, usize), panels: &mut [f32]) {
-    let _ = s;
     let width = product::width::<S>();
     for (j, panel) in panels.chunks_exact_mut(c * width).take(tokens.div_ceil(width)).enumerate() {
         let count = width.min(tokens - j * width);
-        product::transpose::<S>(&queries[j * width * row..], row, count, c, panel);
+        product::transpose(s, &queries[j * width * row..], row, count, c, panel);
     }
 }
 
