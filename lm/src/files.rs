@@ -53,7 +53,15 @@ fn beside(path: &Path) -> PathBuf {
 /// A folder that one process has for itself while this lives.
 #[derive(Debug)]
 pub struct Lock {
-    _file: File,
+    file: File,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing is not enough: a process that is being started has a copy of every open file until it begins, and a lock
+        // lasts as long as any copy. If this fails, the last copy's end unlocks it.
+        let _ = self.file.unlock();
+    }
 }
 
 impl Lock {
@@ -67,7 +75,7 @@ impl Lock {
         let open = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
         let file = open.map_err(|e| LmError::io(&path, e))?;
         match file.try_lock() {
-            Ok(()) => Ok(Self { _file: file }),
+            Ok(()) => Ok(Self { file }),
             Err(std::fs::TryLockError::WouldBlock) => {
                 Err(LmError::file(folder, "another process is training in this folder"))
             }

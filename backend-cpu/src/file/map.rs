@@ -7,6 +7,8 @@ use std::path::Path;
 
 use memmap2::Mmap;
 
+use super::Locked;
+
 /// A file that is read where it lies; it must not change as long as this value lives.
 ///
 /// The file is locked against those who ask for an exclusive lock. Nobody is kept from changing it who does not ask:
@@ -31,8 +33,7 @@ use memmap2::Mmap;
 pub struct MappedFile {
     /// None of an empty file.
     map: Option<Mmap>,
-    /// Holds the lock.
-    _file: File,
+    _file: Locked,
 }
 
 impl MappedFile {
@@ -41,14 +42,13 @@ impl MappedFile {
     /// # Errors
     /// The system's; [`io::ErrorKind::WouldBlock`] if somebody has locked the file to change it.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
-        file.try_lock_shared()?;
+        let file = Locked::shared(File::open(path)?)?;
         if file.metadata()?.len() == 0 {
             return Ok(Self { map: None, _file: file });
         }
         // SAFETY: the bytes are read as plain data, for which every value is one. That they do not change while they are
         // borrowed is what this type demands of its user; the lock, held as long as the map, tells all who ask.
-        let map = unsafe { Mmap::map(&file)? };
+        let map = unsafe { Mmap::map(&*file)? };
         read_at_random(&map);
         Ok(Self { map: Some(map), _file: file })
     }

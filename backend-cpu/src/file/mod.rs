@@ -14,13 +14,47 @@ mod map;
 mod train;
 
 use core::fmt;
-use std::fs::File;
+use core::ops::Deref;
+use std::fs::{File, TryLockError};
 use std::io;
 use std::path::PathBuf;
 
 pub use cache::{CachedRows, CachedView, FileRows};
 pub use map::MappedFile;
 pub use train::{Durability, LoadedRows, TrainedFile};
+
+/// A file that is locked, and unlocked when this ends. Closing it is not enough: a process that is being started has a copy of
+/// every open file until it begins, and a lock lasts as long as any copy.
+#[derive(Debug)]
+struct Locked(File);
+
+impl Locked {
+    /// For this alone, as long as nobody has it.
+    fn alone(file: File) -> Result<Self, TryLockError> {
+        file.try_lock()?;
+        Ok(Self(file))
+    }
+
+    /// For all who ask so, as long as nobody has it alone.
+    fn shared(file: File) -> Result<Self, TryLockError> {
+        file.try_lock_shared()?;
+        Ok(Self(file))
+    }
+}
+
+impl Deref for Locked {
+    type Target = File;
+    fn deref(&self) -> &File {
+        &self.0
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        // If it fails, closing the file unlocks it.
+        let _ = self.0.unlock();
+    }
+}
 
 #[cfg(unix)]
 fn read_exact_at(file: &File, to: &mut [u8], at: u64) -> io::Result<()> {

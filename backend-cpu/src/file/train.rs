@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use memlayer_core::{RowId, Table, TrainStore, Trainable};
 
 use super::journal::{Journal, sync_folder};
-use super::{FileError, FileRows, read_exact_at, write_all_at};
+use super::{FileError, FileRows, Locked, read_exact_at, write_all_at};
 use crate::Cpu;
 
 const MAGIC: [u8; 8] = *b"mltrain1";
@@ -43,7 +43,7 @@ pub enum Durability {
 #[derive(Debug)]
 pub struct TrainedFile<E> {
     path: PathBuf,
-    file: File,
+    file: Locked,
     journal: Journal,
     shape: Shape,
     step: u64,
@@ -167,9 +167,7 @@ impl<E: Trainable> TrainedFile<E> {
     pub fn open(path: &Path, durability: Durability) -> Result<Self, FileError> {
         let fail = |source| FileError::Open { path: path.to_owned(), source };
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(fail)?;
-        if file.try_lock().is_err() {
-            return Err(FileError::Locked { path: path.to_owned() });
-        }
+        let Ok(file) = Locked::alone(file) else { return Err(FileError::Locked { path: path.to_owned() }) };
         let len = file.metadata().map_err(fail)?.len();
         let shape = Self::shape(path, &file, len)?;
         // A step is applied as a whole: rows that are no table's are no record's.
