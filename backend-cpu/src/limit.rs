@@ -22,8 +22,8 @@ impl Cpu {
     /// Reads the rows `ids` of a table of rows of `row_bytes` and does next to nothing with them, asking for each
     /// `ahead` rows before: a limit to measure [`memlayer_core::ops::EmbeddingBag::bag_sum`] against, with the same
     /// workers on the same memory. Rows longer than 512 bytes are read as bags are: block by block, each of a group of
-    /// rows after the other, which is faster where the hardware fetches ahead. Gives the sum of the rows' words, so
-    /// that no read can be left out; bytes behind the last whole word of a row are not read.
+    /// rows after the other, which is faster where the hardware fetches ahead. Gives the sum of a word of every 64 bytes,
+    /// so that no read can be left out; fewer than eight bytes at the end of a row are not read.
     ///
     /// # Errors
     /// [`ArgError`] if an id is no row, or a row has no bytes.
@@ -40,7 +40,7 @@ impl Cpu {
         let piece = piece(ids.len(), ROW_COST).next_multiple_of(GROUP);
         self.pool.for_each(ids.len() * ROW_COST, ids.chunks(piece).enumerate(), |(i, mine)| {
             let part = dispatch!(self.token, s => {
-                let mut sums = [0u64; 8];
+                let mut sum = 0u64;
                 for (g, group) in mine.chunks(GROUP).enumerate() {
                     // What comes behind the group in this order is its next block, or the next group.
                     let behind = ids.get(i * piece + (g + 1) * GROUP..).unwrap_or(&[]);
@@ -51,11 +51,11 @@ impl Cpu {
                             let next = group.get(l + ahead).map(|&id| block(id, col));
                             let next = next.or_else(|| Some(block(*rest.get(l + ahead - group.len())?, at)));
                             s.prefetch_all(next.unwrap_or(&[]));
-                            add_words(&mut sums, block(id, col));
+                            touch(&mut sum, block(id, col));
                         }
                     }
                 }
-                sums.iter().fold(0u64, |a, b| a.wrapping_add(*b))
+                sum
             });
             sum.fetch_add(part, Ordering::Relaxed);
         });
@@ -63,16 +63,11 @@ impl Cpu {
     }
 }
 
-/// Adds whole lines to eight sums that stay in a register, and the words behind them to one.
+/// Adds a word of each line, or of 64 bytes from the first on: whoever reads one has the line.
 #[inline(always)]
-fn add_words(sums: &mut [u64; 8], bytes: &[u8]) {
-    let (lines, rest) = bytes.as_chunks::<64>();
-    for line in lines {
-        let (words, _) = line.as_chunks::<8>();
-        for i in 0..8 {
-            sums[i] = sums[i].wrapping_add(u64::from_le_bytes(words[i]));
-        }
+fn touch(sum: &mut u64, bytes: &[u8]) {
+    for line in bytes.chunks(64) {
+        let word = line.first_chunk().map_or(0, |word| u64::from_le_bytes(*word));
+        *sum = sum.wrapping_add(word);
     }
-    let rest = rest.as_chunks::<8>().0.iter().fold(0u64, |sum, word| sum.wrapping_add(u64::from_le_bytes(*word)));
-    sums[0] = sums[0].wrapping_add(rest);
 }

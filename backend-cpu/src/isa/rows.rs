@@ -5,18 +5,27 @@ use memlayer_core::{Element, Int4, Row};
 
 use super::{Lanes, Simd};
 
-/// Most columns in a block: 8 vectors of 16.
+/// Columns in a block: 8 vectors of 16.
 pub(crate) const BLOCK: usize = 128;
 
 /// What is done with a block of columns: `NV` vectors from column `col` on.
 pub(crate) trait Columns {
+    /// Whether blocks of 16 vectors are worth it, where there are registers for them: of rows of bytes a block of 8 is two
+    /// lines, and the same row is then read again for the next two.
+    const WIDE: bool = false;
     fn block<S: Simd, const NV: usize>(&mut self, s: S, col: usize);
 }
 
 /// Cuts `dim` columns into blocks, widest first. Columns that fill no vector are taken by narrow portable vectors.
 #[inline(always)]
-pub(crate) fn columns<S: Simd>(s: S, dim: usize, work: &mut impl Columns) {
+pub(crate) fn columns<S: Simd, C: Columns>(s: S, dim: usize, work: &mut C) {
     let mut col = 0;
+    if S::LANES == 16 && C::WIDE {
+        while dim - col >= 16 * S::LANES {
+            work.block::<S, 16>(s, col);
+            col += 16 * S::LANES;
+        }
+    }
     while dim - col >= 8 * S::LANES {
         work.block::<S, 8>(s, col);
         col += 8 * S::LANES;
@@ -125,7 +134,9 @@ pub(crate) fn add_row<S: Simd, E: Element, const NV: usize>(
     col: usize,
 ) {
     if row.scales.len() > 1 {
-        return add_groups(s, acc, weight, row, col);
+        // By value: sums whose address is known to a call would stay in memory.
+        *acc = add_groups(s, *acc, weight, row, col);
+        return;
     }
     let factor = s.splat(match row.scales {
         [scale] => weight * scale,
@@ -148,11 +159,11 @@ fn block<E: Element>(codes: &[E], col: usize, n: usize) -> (&[E], usize) {
 #[inline(never)]
 fn add_groups<S: Simd, E: Element, const NV: usize>(
     s: S,
-    acc: &mut [S::V; NV],
+    mut acc: [S::V; NV],
     weight: f32,
     row: &Row<'_, E>,
     col: usize,
-) {
+) -> [S::V; NV] {
     s.vectorize(
         #[inline(always)]
         || {
@@ -164,8 +175,9 @@ fn add_groups<S: Simd, E: Element, const NV: usize>(
                 }
                 *acc = s.add(*acc, s.mul(s.load(&factors), s.widen(row.codes, col)));
             }
+            acc
         },
-    );
+    )
 }
 
 /// The dot of a block of a row with the vector `x`.

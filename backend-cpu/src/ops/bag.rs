@@ -1,6 +1,7 @@
 //! Embedding bags: a block of columns stays in registers while the rows of a bag run past it, and the rows that come
 //! next are asked for ahead of time.
 
+use memlayer_core::element::Format;
 use memlayer_core::error::check_ids;
 use memlayer_core::ops::bag::{BagDot, BagSum, EmbeddingBag};
 use memlayer_core::{ArgError, Element, RowStore};
@@ -103,10 +104,20 @@ fn ask<S: Simd, T: RowStore>(
                 s.prefetch(core::ptr::from_ref(scale).cast());
             }
         }
-        // A row's codes are as many as its values, or fewer where a code holds several.
-        let (start, end) = (T::Elem::codes(start), T::Elem::codes(start + width));
-        let codes = row.codes.get(start..end.min(row.codes.len())).unwrap_or(&[]);
-        s.prefetch_all(codes);
+        // A row's codes are as many as its values, or fewer where a code holds several. A whole block has so many lines as
+        // the compiler knows; the last of a row may be less.
+        let (start, count) = (T::Elem::codes(start), T::Elem::codes(width));
+        let codes = match row.codes.get(start..start + count) {
+            Some(codes) => {
+                s.prefetch_all(&codes[..count]);
+                codes
+            }
+            None => {
+                let codes = row.codes.get(start..).unwrap_or(&[]);
+                s.prefetch_all(codes);
+                codes
+            }
+        };
         // Groups with their scales are no power of two long: a block of them begins anywhere in a line, and may end in one
         // line more than it has.
         if T::Elem::codes(64) != 64
@@ -127,6 +138,9 @@ struct Sum<'a, T> {
 }
 
 impl<T: RowStore> Columns for Sum<'_, T> {
+    // Decoding fp8 takes longer than reading it, and rows of more bytes are slower so.
+    const WIDE: bool = matches!(T::Elem::FORMAT, Format::Int8);
+
     #[inline(always)]
     fn block<S: Simd, const NV: usize>(&mut self, s: S, col: usize) {
         let mut acc = [s.splat(0.0); NV];
