@@ -356,52 +356,213 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS)
     }
 }
 
-// Scores for few tokens: a warp a sub-key, which it reads once for up to four tokens. Every score is a horizontal sum.
+// Scores for few tokens: a warp takes KEYS neighbouring sub-keys of a half, and reads them once for up to four tokens. Every
+// score is a horizontal sum.
+#define KEYS 4
 extern "C" __global__ void __launch_bounds__(SELECT_THREADS)
-    select_scores(const u8* __restrict__ keys, const float* __restrict__ scales, u32 group, const float* __restrict__ queries,
-                  u32 tokens, u32 halves, u32 n, u32 dim, u32 wide, float* __restrict__ scores) {
-    const u32 lane = threadIdx.x % 32;
-    const u64 row = (u64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (row >= (u64)halves * n) return;
-    const u32 half = (u32)(row / n), key = (u32)(row % n);
+    select_scores(const u8* keys, const float* scales, u32 group, const float* queries, u32 tokens, u32 halves, u32 n, u32 dim,
+                  u32 wide, float* scores) {
+    let_next_begin();
+    const u32 lane = threadIdx.x % 32, warps = (n + KEYS - 1) / KEYS;
+    const u64 warp = (u64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (warp >= (u64)halves * warps) return wait_for_previous();
+    const u32 half = (u32)(warp / warps), key = (u32)(warp % warps) * KEYS, count = min((u32)KEYS, n - key);
     const u32 groups = scales ? (dim + group - 1) / group : 0;
-    const float* scale = scales + row * groups;
-    const u8* codes = keys + row * dim * SIZE;
+    const u64 row = (u64)half * n + key, stride = (u64)dim * SIZE;
+    const u8* codes = keys + row * stride;
+    for (u64 at = lane * 128; at < count * stride; at += 32 * 128) prefetch(codes + at);
+    wait_for_previous();
     for (u32 first = 0; first < tokens; first += 4) {
-        float dot[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        float dot[KEYS][4];
+#pragma unroll
+        for (u32 r = 0; r < KEYS; r++) {
+#pragma unroll
+            for (u32 t = 0; t < 4; t++) dot[r][t] = 0.0f;
+        }
+        // Behind the last sub-key that one is read again, and not written.
         if (wide) {
 #pragma unroll 2
             for (u32 c = lane * 4; c < dim; c += 128) {
-                float x[4];
-                decode<ELEM, 4>(load_once<4 * SIZE>(codes + (u64)c * SIZE), x);
+                Raw<4 * SIZE> raw[KEYS];
+#pragma unroll
+                for (u32 r = 0; r < KEYS; r++) raw[r] = load_fresh<4 * SIZE>(codes + min(r, count - 1) * stride + (u64)c * SIZE);
+                float4 q[4];
 #pragma unroll
                 for (u32 t = 0; t < 4; t++) {
-                    if (first + t < tokens) {
-                        const float4 q = __ldg((const float4*)(queries + ((u64)(first + t) * halves + half) * dim + c));
-                        float part = fmaf(q.w, x[3], fmaf(q.z, x[2], fmaf(q.y, x[1], q.x * x[0])));
-                        dot[t] = groups > 1 ? fmaf(__ldg(scale + c / group), part, dot[t]) : dot[t] + part;
+                    if (first + t < tokens) q[t] = load_near4(queries + ((u64)(first + t) * halves + half) * dim + c);
+                }
+#pragma unroll
+                for (u32 r = 0; r < KEYS; r++) {
+                    float x[4];
+                    decode<ELEM, 4>(raw[r], x);
+                    const float scale = groups > 1 ? load_near(scales + (row + min(r, count - 1)) * groups + c / group) : 1.0f;
+#pragma unroll
+                    for (u32 t = 0; t < 4; t++) {
+                        if (first + t < tokens) {
+                            const float part = fmaf(q[t].w, x[3], fmaf(q[t].z, x[2], fmaf(q[t].y, x[1], q[t].x * x[0])));
+                            dot[r][t] = groups > 1 ? fmaf(scale, part, dot[r][t]) : dot[r][t] + part;
+                        }
                     }
                 }
             }
         } else {
             for (u32 c = lane; c < dim; c += 32) {
-                float x[1];
-                decode<ELEM, 1>(load_once<SIZE>(codes + (u64)c * SIZE), x);
-                if (groups > 1) x[0] *= __ldg(scale + c / group);
 #pragma unroll
-                for (u32 t = 0; t < 4; t++) {
-                    if (first + t < tokens)
-                        dot[t] = fmaf(__ldg(queries + ((u64)(first + t) * halves + half) * dim + c), x[0], dot[t]);
+                for (u32 r = 0; r < KEYS; r++) {
+                    float x[1];
+                    decode<ELEM, 1>(load_fresh<SIZE>(codes + min(r, count - 1) * stride + (u64)c * SIZE), x);
+                    if (groups > 1) x[0] *= load_near(scales + (row + min(r, count - 1)) * groups + c / group);
+#pragma unroll
+                    for (u32 t = 0; t < 4; t++) {
+                        if (first + t < tokens)
+                            dot[r][t] = fmaf(load_near(queries + ((u64)(first + t) * halves + half) * dim + c), x[0], dot[r][t]);
+                    }
                 }
             }
         }
 #pragma unroll
         for (u32 t = 0; t < 4; t++) {
-            const float sum = warp_sum(dot[t]);
-            if (lane == 0 && first + t < tokens)
-                scores[((u64)half * tokens + first + t) * n + key] = groups == 1 ? __ldg(scale) * sum : sum;
+            if (first + t >= tokens) break;
+            float mine = 0.0f;
+#pragma unroll
+            for (u32 r = 0; r < KEYS; r++) {
+                const float sum = warp_sum(dot[r][t]);
+                if (lane == r) mine = sum;
+            }
+            if (groups == 1 && lane < count) mine *= load_near(scales + row + lane);
+            if (lane < count) scores[((u64)half * tokens + first + t) * n + key + lane] = mine;
         }
     }
+}
+
+// The whole choice for few tokens and K up to 32: a block a token and head. What takes a warp long chains of steps, all
+// threads do at once here: a number's place is how many are greater, which is counted. Halves have FEW_HALF threads each.
+#define FEW_THREADS 512
+#define FEW_HALF 256
+#define FEW_K 32
+#define FEW_LIST 128
+
+// How many of `len` different numbers are greater than `mine`: each lane of four counts a quarter.
+__device__ __forceinline__ u32 count_greater(const u64* list, u32 len, u64 mine) {
+    u32 greater = 0;
+#pragma unroll 8
+    for (u32 j = threadIdx.x % 4; j < len; j += 4) greater += list[j] > mine;
+    greater += __shfl_xor_sync(FULL, greater, 1);
+    return greater + __shfl_xor_sync(FULL, greater, 2);
+}
+
+extern "C" __global__ void __launch_bounds__(FEW_THREADS)
+    select_few(const float* scores, u32 tile, u32 heads, u32 parts, u32 n, u32 k, u32 pairs, u32* ids_out, float* scores_out,
+               float* weights_out) {
+    __shared__ __align__(16) u32 maxima[2][FEW_HALF / 4];
+    __shared__ u32 bound[2], found[2], keys[2][2 * FEW_K], ids[2][2 * FEW_K], table[FEW_LIST];
+    __shared__ u64 list[2][FEW_LIST], sums[FEW_LIST], best[FEW_K];
+    let_next_begin();
+    const u32 lane = threadIdx.x % 32, t = threadIdx.x % FEW_HALF, half = threadIdx.x / FEW_HALF, warp = threadIdx.x / 32;
+    const u64 head = blockIdx.x % heads, token = blockIdx.x / heads, to = (u64)blockIdx.x * k;
+    if (threadIdx.x < 2) found[threadIdx.x] = 0;
+    if (warp == 0) {
+        u32 total;
+        const u32 count = lane < k ? k / (lane + 1) : 0u, at = scan_warp(count, total);
+        for (u32 b = 0; b < count; b++) table[at + b] = lane << 16 | b;
+    }
+    wait_for_previous();
+
+    // The K-th greatest of 64 maxima of disjoint parts bounds the K-th best.
+    const bool here = half < parts;
+    const float* mine = scores + ((head * parts + (here ? half : 0)) * tile + token) * n;
+    float x[4], most = -INF;
+    for (u32 base = 0; base < n; base += 4 * FEW_HALF) {
+#pragma unroll
+        for (u32 j = 0; j < 4; j++) x[j] = base + t + FEW_HALF * j < n ? __ldcg(mine + base + t + FEW_HALF * j) : -INF;
+        most = fmaxf(fmaxf(fmaxf(most, x[0]), fmaxf(x[1], x[2])), x[3]);
+    }
+    most = fmaxf(most, __shfl_xor_sync(FULL, most, 1));
+    most = fmaxf(most, __shfl_xor_sync(FULL, most, 2));
+    if (t % 4 == 0) maxima[half][t / 4] = order(most);
+    __syncthreads();
+    {
+        const u32 i = t / 4, key = maxima[half][i];
+        u32 before = 0;
+#pragma unroll
+        for (u32 j = 0; j < FEW_HALF / 16; j += 4) {
+            const u32 from = t % 4 * (FEW_HALF / 16) + j;
+            const uint4 four = *(const uint4*)&maxima[half][from];
+            before += four.x + (from < i) > key;
+            before += four.y + (from + 1 < i) > key;
+            before += four.z + (from + 2 < i) > key;
+            before += four.w + (from + 3 < i) > key;
+        }
+        before += __shfl_xor_sync(FULL, before, 1);
+        before += __shfl_xor_sync(FULL, before, 2);
+        if (t % 4 == 0 && before == k - 1) bound[half] = key;
+    }
+    __syncthreads();
+
+    // What is not smaller, or NaN, in any order.
+    const float limit = score_of(bound[half]);
+    for (u32 base = 0; here && base < n; base += 4 * FEW_HALF) {
+        if (n > 4 * FEW_HALF) {
+#pragma unroll
+            for (u32 j = 0; j < 4; j++) x[j] = base + t + FEW_HALF * j < n ? __ldcg(mine + base + t + FEW_HALF * j) : -INF;
+        }
+        u32 taken = 0;
+#pragma unroll
+        for (u32 j = 0; j < 4; j++) taken |= (u32)(base + t + FEW_HALF * j < n && !(x[j] < limit)) << j;
+        u32 at = taken ? atomicAdd(&found[half], (u32)__popc(taken)) : 0u;
+#pragma unroll
+        for (u32 j = 0; j < 4; j++) {
+            if ((taken >> j & 1) && at < FEW_LIST) list[half][at++] = composite(order(x[j]), base + t + FEW_HALF * j);
+        }
+    }
+    __syncthreads();
+    u32 len = found[half];
+    if (max(found[0], found[1]) > FEW_LIST) {
+        if (len > FEW_LIST && t < 32) select_by_bits(n, k, [&](u32 i) { return order(__ldcg(mine + i)); }, list[half]);
+        if (len > FEW_LIST) len = k;
+        __syncthreads();
+    }
+    for (u32 base = 0; here && base < len; base += FEW_HALF / 4) {
+        const u32 i = base + t / 4;
+        const u64 number = i < len ? list[half][i] : 0;
+        const u32 place = count_greater(list[half], len, number);
+        if (i < len && place < k && t % 4 == 0) {
+            keys[half][place] = (u32)(number >> 32);
+            ids[half][place] = index_of(number);
+        }
+    }
+    __syncthreads();
+
+    if (parts == 1) {
+        if (threadIdx.x < k) {
+            best[threadIdx.x] = composite(keys[0][threadIdx.x], threadIdx.x);
+            ids_out[to + threadIdx.x] = ids[0][threadIdx.x];
+        }
+    } else if (keys[0][0] < PLUS_INF && keys[1][0] < PLUS_INF) {
+        if (threadIdx.x < pairs) sums[threadIdx.x] = pair_of(keys[0], keys[1], table[threadIdx.x]);
+        __syncthreads();
+        const u32 i = threadIdx.x / 4;
+        const u64 number = i < pairs ? sums[i] : 0;
+        const u32 place = count_greater(sums, pairs, number);
+        if (i < pairs && place < k && threadIdx.x % 4 == 0) {
+            const u32 pair = index_of(number);
+            best[place] = number;
+            ids_out[to + place] = ids[0][pair >> 16] * n + ids[1][pair & 0xffffu];
+        }
+    } else if (warp == 0) {
+        const u32 firsts = add_lowest(mine, n, k, keys[0], ids[0]);
+        const u32 seconds = add_lowest(mine + (u64)tile * n, n, k, keys[1], ids[1]);
+        select_by_bits(firsts * seconds, k, [&](u32 i) {
+            return order(score_of(keys[0][i / seconds]) + score_of(keys[1][i % seconds]));
+        }, best);
+        finish_list(best, k);
+        for (u32 i = lane; i < k; i += 32) {
+            const u32 pair = index_of(best[i]);
+            ids_out[to + i] = ids[0][pair / seconds] * n + ids[1][pair % seconds];
+        }
+    }
+    __syncthreads();
+    if (warp == 0) softmax_list(best, k, to, scores_out, weights_out);
 }
 
 // Packed keys as floats: row r of `out` is scale * code.

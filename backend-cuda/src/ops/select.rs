@@ -21,6 +21,11 @@ pub const MAX_TOP_K: usize = 1024;
 const THREADS: u32 = 128;
 /// Calls of so many tokens or fewer score sub-keys without cuBLAS: keys are read once for four tokens.
 const FEW: usize = 8;
+/// Sub-keys that a warp scores there.
+const FEW_KEYS: usize = 4;
+/// Threads of a block that chooses for a token and head, and the greatest K it takes.
+const FEW_THREADS: u32 = 512;
+const FEW_K: usize = 32;
 /// Scores of a tile of tokens, at most. Tiles that fit into the second-level cache were slower: each is one more round of
 /// launches that do not fill the device.
 const TILE_SCORES: usize = 16 << 20;
@@ -301,7 +306,8 @@ impl Cuda {
             .value(size(OP, "width of keys", c)?)
             .value(u32::from(wide))
             .write(scores);
-        self.stream.launch(&kernel, Shape::new((halves * n).div_ceil(4), THREADS), &mut launch)
+        let warps = halves * n.div_ceil(FEW_KEYS);
+        self.stream.launch(&kernel, Shape::new(warps.div_ceil(THREADS as usize / 32), THREADS).early(), &mut launch)
     }
 
     /// The best K of the halves of a tile, and then of their pairs.
@@ -317,6 +323,25 @@ impl Cuda {
         let (k, halves) = (dims.top_k, dims.heads * dims.parts);
         let tile = size(OP, "tokens", tokens.len())?;
         let (n, top_k) = (size(OP, "sub_keys", dims.sub_keys)?, size(OP, "top_k", k)?);
+        let from = tokens.start * dims.heads * k;
+        let part = |pointer: u64| pointer + (from * 4) as u64;
+        let rows = tokens.len() * dims.heads;
+        // Blocks that are on the device at once anyway: then each head's steps are as few as can be.
+        if k <= FEW_K && rows <= 2 * self.properties.multiprocessors as usize {
+            let kernel = self.kernels.get(Variant::of(File::Select), "select_few")?;
+            let mut launch = Args::new()
+                .write(scores)
+                .value(tile)
+                .value(size(OP, "heads", dims.heads)?)
+                .value(size(OP, "parts", dims.parts)?)
+                .value(n)
+                .value(top_k)
+                .value(size(OP, "top_k", pairs(k))?)
+                .value(part(args.ids.pointer()))
+                .value(part(args.scores.pointer()))
+                .value(part(args.weights.pointer()));
+            return self.stream.launch(&kernel, Shape::new(rows, FEW_THREADS).early(), &mut launch);
+        }
         let (name, capacity) = half_kernel(k);
         let warps = warps_for(capacity * 8);
         let kernel = self.kernels.get(Variant::of(File::Select), name)?;
@@ -329,8 +354,7 @@ impl Cuda {
             .value(size(OP, "top_k", capacity)?)
             .write(list_keys)
             .write(list_ids);
-        let rows = tokens.len() * halves;
-        let shape = Shape::new(rows.div_ceil(warps), warps_block(warps)).shared(warps * capacity * 8);
+        let shape = Shape::new((tokens.len() * halves).div_ceil(warps), warps_block(warps)).shared(warps * capacity * 8);
         self.stream.launch(&kernel, shape, &mut launch)?;
 
         let pairs = pairs(k);
@@ -338,8 +362,6 @@ impl Cuda {
         let warp_bytes = (capacity + 4 * k) * 8;
         let warps = warps_for(warp_bytes);
         let kernel = self.kernels.get(Variant::of(File::Select), "select_pairs")?;
-        let from = tokens.start * dims.heads * k;
-        let part = |pointer: u64| pointer + (from * 4) as u64;
         let mut launch = Args::new()
             .write(scores)
             .value(tile)
@@ -354,7 +376,6 @@ impl Cuda {
             .value(part(args.ids.pointer()))
             .value(part(args.scores.pointer()))
             .value(part(args.weights.pointer()));
-        let rows = tokens.len() * dims.heads;
         let blocks = rows.div_ceil(warps).min(self.properties.multiprocessors as usize * 16);
         let shape = Shape::new(blocks, warps_block(warps)).shared(warps * warp_bytes + pairs * 4);
         self.stream.launch(&kernel, shape, &mut launch)
