@@ -240,7 +240,8 @@ impl Stream {
         // the parameters reach is the kernel's contract, stated in its file; the operations check it before they launch. A
         // kernel that is launched early waits for what was launched before it touches memory: that is its contract too.
         unsafe {
-            sys::cuLaunchKernelEx(&raw const config, function.handle, pointers.as_mut_ptr(), core::ptr::null_mut()).result()
+            sys::cuLaunchKernelEx(&raw const config, function.handle, pointers.as_mut_ptr(), core::ptr::null_mut())
+                .result()
         }
         .map_err(driver(function.name))
     }
@@ -419,7 +420,12 @@ pub(crate) struct Shape {
 impl Shape {
     /// So many blocks of so many threads. The grid is cut where the device has no more: kernels over more walk on.
     pub(crate) fn new(blocks: usize, block: u32) -> Self {
-        Self { grid: (u32::try_from(blocks).unwrap_or(u32::MAX).min(i32::MAX as u32), 1), block, shared: 0, early: false }
+        Self {
+            grid: (u32::try_from(blocks).unwrap_or(u32::MAX).min(i32::MAX as u32), 1),
+            block,
+            shared: 0,
+            early: false,
+        }
     }
     /// A second dimension of the grid.
     pub(crate) fn by(mut self, blocks: usize) -> Self {

@@ -44,7 +44,7 @@ impl Cuda {
     /// `out = x · weightᵀ + bias` for few tokens.
     fn linear_few(&self, args: &Linear<'_, Self>, dims: LinearDims) -> Result<(), CudaError> {
         const OP: &str = "linear";
-        let kernel = self.kernels.get(VARIANT, "linear_few")?;
+        let kernel = self.kernels.get(VARIANT, if dims.tokens == 1 { "linear_1" } else { "linear_4" })?;
         let wide = [args.x.pointer(), args.weight.pointer()].into_iter().all(|p| aligned(p, dims.inputs));
         let mut launch = Args::new()
             .read(args.x)

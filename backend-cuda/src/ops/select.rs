@@ -8,6 +8,7 @@ use memlayer_core::ops::{RowReduce, SelectRows};
 use memlayer_core::{Element, Scratch, ScratchReq};
 
 use super::plan::{Destination, GradientArg, PlanArg};
+use super::tiles;
 use super::{number_of, size};
 use crate::error::CudaError;
 use crate::kernels::{File, Variant, format, packed_group};
@@ -24,8 +25,8 @@ const FEW: usize = 8;
 /// Sub-keys that a warp scores there.
 const FEW_KEYS: usize = 4;
 /// Threads of a block that chooses for a token and head, and the greatest K it takes.
-const FEW_THREADS: u32 = 512;
-const FEW_K: usize = 32;
+pub(crate) const FEW_THREADS: u32 = 512;
+pub(crate) const FEW_K: usize = 32;
 /// Scores of a tile of tokens, at most. Tiles that fit into the second-level cache were slower: each is one more round of
 /// launches that do not fill the device.
 const TILE_SCORES: usize = 16 << 20;
@@ -75,13 +76,30 @@ const SLACK: usize = 3;
 
 /// The first `len` floats of `scratch` from an address that is a multiple of 16.
 fn take_aligned<'a>(scratch: Scratch<'a, Cuda>, len: usize) -> (ViewMut<'a, f32>, Scratch<'a, Cuda>) {
-    let skip = (scratch.reals.pointer().next_multiple_of(16) - scratch.reals.pointer()) / 4;
+    take_aligned_to(16, scratch, len)
+}
+
+/// The same of as many `bytes`; it may cost all floats in so many but one.
+pub(crate) fn take_aligned_to<'a>(
+    bytes: usize,
+    scratch: Scratch<'a, Cuda>,
+    len: usize,
+) -> (ViewMut<'a, f32>, Scratch<'a, Cuda>) {
+    let bytes = bytes as u64;
+    let skip = (scratch.reals.pointer().next_multiple_of(bytes) - scratch.reals.pointer()) / 4;
     let (_, scratch) = scratch.take_reals(usize::try_from(skip).unwrap_or(0));
     scratch.take_reals(len)
 }
 
+/// Whether four codes of a row can be read at once.
+pub(crate) fn reads_by_four<E: Element>(table: &Rows<'_, E>) -> bool {
+    table.dim.is_multiple_of(4)
+        && (table.group >= table.dim || table.group.is_multiple_of(4))
+        && table.codes.pointer().is_multiple_of(4 * size_of::<E>() as u64)
+}
+
 /// How many pairs (a, b) have (a + 1)(b + 1) <= k.
-fn pairs(k: usize) -> usize {
+pub(crate) fn pairs(k: usize) -> usize {
     (1..=k).map(|a| k / a).sum()
 }
 
@@ -96,7 +114,10 @@ fn half_kernel(k: usize) -> (&'static str, usize) {
 
 impl<E: Element> SelectRows<Rows<'_, E>> for Cuda {
     fn select_scratch(&self, dims: SelectDims) -> ScratchReq {
-        Tiles::new(dims, self.scores, E::FORMAT != Format::F32).scratch()
+        match tiles::Call::of(self, dims) {
+            Some(call) => call.scratch(),
+            None => Tiles::new(dims, self.scores, E::FORMAT != Format::F32).scratch(),
+        }
     }
 
     fn select(&self, args: Select<'_, Self, Rows<'_, E>>, scratch: Scratch<'_, Self>) -> Result<(), CudaError> {
@@ -117,6 +138,9 @@ impl<E: Element> SelectRows<Rows<'_, E>> for Cuda {
         let packed = E::FORMAT != Format::F32;
         if !packed && args.keys.scales.is_some() {
             return Err(CudaError::Unsupported { op: OP, what: "keys in f32 with scales" });
+        }
+        if let Some(call) = tiles::Call::of(self, dims) {
+            return self.select_tiles(&call, &args, scratch);
         }
         let tiles = Tiles::new(dims, self.scores, packed);
         let (scores, scratch) = take_aligned(scratch, tiles.scores());
@@ -290,11 +314,8 @@ impl Cuda {
     ) -> Result<(), CudaError> {
         const OP: &str = "select";
         let (halves, n, c) = (dims.heads * dims.parts, dims.sub_keys, dims.half_dim);
-        let wide = c.is_multiple_of(4)
-            && (table.group >= c || table.group.is_multiple_of(4))
-            && table.codes.pointer().is_multiple_of(4 * size_of::<E>() as u64)
-            && queries.pointer().is_multiple_of(16);
-        let kernel = self.kernels.get(variant, "select_scores")?;
+        let wide = reads_by_four(table) && queries.pointer().is_multiple_of(16);
+        let kernel = self.kernels.get(variant, if dims.tokens == 1 { "select_scores_1" } else { "select_scores_4" })?;
         let mut launch = Args::new()
             .read(table.codes)
             .read_or_null::<f32>(table.scales)
@@ -307,6 +328,8 @@ impl Cuda {
             .value(u32::from(wide))
             .write(scores);
         let warps = halves * n.div_ceil(FEW_KEYS);
+        // The kernel counts them in 32 bits.
+        size(OP, "sub_keys", warps + 4)?;
         self.stream.launch(&kernel, Shape::new(warps.div_ceil(THREADS as usize / 32), THREADS).early(), &mut launch)
     }
 
@@ -354,7 +377,8 @@ impl Cuda {
             .value(size(OP, "top_k", capacity)?)
             .write(list_keys)
             .write(list_ids);
-        let shape = Shape::new((tokens.len() * halves).div_ceil(warps), warps_block(warps)).shared(warps * capacity * 8);
+        let shape =
+            Shape::new((tokens.len() * halves).div_ceil(warps), warps_block(warps)).shared(warps * capacity * 8);
         self.stream.launch(&kernel, shape, &mut launch)?;
 
         let pairs = pairs(k);

@@ -102,7 +102,8 @@ impl Bench<'_> {
             let mut graph = self.cuda.graph(state, decode)?;
             // A hundred layers between two events: their own time would drown one.
             let ms = self.time(|_| (0..100 / layers).try_for_each(|_| graph.launch()))?;
-            let case = Case { op: "layer decode (graph)", format: "bf16", ids, tokens: 1, width: WIDTH, slots: 1 << 20 };
+            let case =
+                Case { op: "layer decode (graph)", format: "bf16", ids, tokens: 1, width: WIDTH, slots: 1 << 20 };
             self.report(case, 0.0, ms / 100.0);
         }
         Ok(())
