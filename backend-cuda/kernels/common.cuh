@@ -81,6 +81,54 @@ template <int BYTES> __device__ __forceinline__ Raw<BYTES> load_once(const void*
     return r;
 }
 
+// Kernels that are launched "early" (see `Shape::early`) begin while the one before them still runs: before this wait they
+// touch nothing but prefetches, behind it all that was launched before is over and seen. What the kernel before may have
+// written is then read by `load_fresh`, for the loads of data that is constant while a kernel runs are not theirs.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets an early kernel that was launched next begin when all blocks of this one have.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+// A wish: nothing is read, so it may come before the wait.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// As `load_once`, of what the kernel before may have written.
+template <int BYTES> __device__ __forceinline__ Raw<BYTES> load_fresh(const void* p) {
+    Raw<BYTES> r;
+    if constexpr (BYTES == 16) {
+        asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r.w[0]), "=r"(r.w[1]), "=r"(r.w[2]), "=r"(r.w[3]) : "l"(p) : "memory");
+    } else if constexpr (BYTES == 8) {
+        asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(r.w[0]), "=r"(r.w[1]) : "l"(p) : "memory");
+    } else if constexpr (BYTES == 4) {
+        asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(r.w[0]) : "l"(p) : "memory");
+    } else if constexpr (BYTES == 2) {
+        u16 x;
+        asm volatile("ld.global.u16 %0, [%1];" : "=h"(x) : "l"(p) : "memory");
+        r.w[0] = x;
+    } else {
+        asm volatile("ld.global.u8 %0, [%1];" : "=r"(r.w[0]) : "l"(p) : "memory");
+    }
+    return r;
+}
+// Floats that many warps read: kept near.
+__device__ __forceinline__ float4 load_near4(const float* p) {
+    float4 v;
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ float load_near(const float* p) {
+    float v;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+    return v;
+}
+
 __device__ __forceinline__ float half_to_float(u32 bits) {
     float f;
     asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(f) : "r"(bits));

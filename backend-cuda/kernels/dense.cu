@@ -18,6 +18,70 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_bias(float* __restrict
     EACH(i, len) out[i] += __ldg(bias + i % width);
 }
 
+// out[t, o] = <x[t], weight[o]> + bias[o] for few tokens: a warp an output, whose weights it reads once for TOKENS tokens.
+// `wide` says that rows are aligned to 16 bytes; `bias` may be null. A horizontal sum.
+#define LINEAR_THREADS 128
+#define FLIGHT 8
+template <int TOKENS>
+__device__ __forceinline__ void linear_rows(const float* x, const float* weight, const float* bias, u32 tokens, u32 inputs,
+                                            u32 outputs, u32 wide, float* out) {
+    let_next_begin();
+    const u32 lane = threadIdx.x % 32, o = blockIdx.x * (LINEAR_THREADS / 32) + threadIdx.x / 32;
+    if (o >= outputs) return wait_for_previous();
+    weight += (u64)o * inputs;
+    for (u32 c = lane * 32; c < inputs; c += 32 * 32) prefetch(weight + c);
+    wait_for_previous();
+    const float shift = bias ? load_near(bias + o) : 0.0f;
+    for (u32 first = 0; first < tokens; first += TOKENS) {
+        // Behind the last token that one is read again, and not written.
+        const float* from[TOKENS];
+        float dot[TOKENS];
+#pragma unroll
+        for (u32 t = 0; t < TOKENS; t++) from[t] = x + (u64)min(first + t, tokens - 1) * inputs, dot[t] = 0.0f;
+        if (wide) {
+            for (u32 base = lane * 4; base < inputs; base += 128 * FLIGHT) {
+                Raw<16> raw[FLIGHT];
+#pragma unroll
+                for (u32 j = 0; j < FLIGHT; j++) {
+                    if (base + 128 * j < inputs) raw[j] = load_fresh<16>(weight + base + 128 * j);
+                }
+#pragma unroll
+                for (u32 j = 0; j < FLIGHT; j++) {
+                    if (base + 128 * j < inputs) {
+                        float w[4];
+#pragma unroll
+                        for (int i = 0; i < 4; i++) w[i] = __uint_as_float(raw[j].w[i]);
+#pragma unroll
+                        for (u32 t = 0; t < TOKENS; t++) {
+                            const float4 v = load_near4(from[t] + base + 128 * j);
+                            dot[t] += fmaf(v.w, w[3], fmaf(v.z, w[2], fmaf(v.y, w[1], v.x * w[0])));
+                        }
+                    }
+                }
+            }
+        } else {
+            for (u32 c = lane; c < inputs; c += 32) {
+                const float w = load_near(weight + c);
+#pragma unroll
+                for (u32 t = 0; t < TOKENS; t++) dot[t] = fmaf(load_near(from[t] + c), w, dot[t]);
+            }
+        }
+#pragma unroll
+        for (u32 t = 0; t < TOKENS; t++) {
+            const float sum = warp_sum(dot[t]);
+            if (lane == 0 && first + t < tokens) out[(first + t) * (u64)outputs + o] = sum + shift;
+        }
+    }
+}
+#define LINEAR(TOKENS)                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(LINEAR_THREADS)                                                       \
+        linear_##TOKENS(const float* x, const float* weight, const float* bias, u32 tokens, u32 inputs, u32 outputs,   \
+                        u32 wide, float* out) {                                                                        \
+        linear_rows<TOKENS>(x, weight, bias, tokens, inputs, outputs, wide, out);                                      \
+    }
+LINEAR(1)
+LINEAR(4)
+
 // out[c] = sum over rows of x[r, c]: STRIPES warps take every STRIPES-th row each, and are added in order. A block for 32 columns.
 extern "C" __global__ void __launch_bounds__(STRIPES * 32) column_sums(const float* __restrict__ x, u32 rows, u32 width,
                                                                       float* __restrict__ out) {
@@ -43,15 +107,35 @@ __device__ __forceinline__ float inverse_rms(const float* __restrict__ x, u32 di
     return 1.0f / sqrtf(warp_sum(sum) / (float)dim + eps);
 }
 
-// A warp a row; row r has gain (r / repeat) % groups.
-extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(const float* __restrict__ x, const float* __restrict__ gain,
-                                                              float* __restrict__ out, u64 rows, u32 dim, u32 groups,
-                                                              u64 repeat, float eps) {
+// A warp a row; row r has gain (r / repeat) % groups. The first pieces of a row stay in registers, and their gain is fetched
+// with them: of a single token there is nothing else to hide how far they are.
+#define PIECES 8
+extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(const float* x, const float* gain, float* out, u64 rows,
+                                                              u32 dim, u32 groups, u64 repeat, float eps) {
+    let_next_begin();
+    const u32 lane = threadIdx.x % 32;
     const u64 r = (u64)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+    const u64 group = rows >> 32 ? r / repeat % groups : (u32)r / (u32)min(repeat, rows) % groups;
+    wait_for_previous();
     if (r >= rows) return;
-    x += r * dim, out += r * dim, gain += r / repeat % groups * dim;
-    const float inverse = inverse_rms(x, dim, eps);
-    for (u32 c = threadIdx.x % 32; c < dim; c += 32) out[c] = x[c] * inverse * __ldg(gain + c);
+    x += r * dim, out += r * dim, gain += group * dim;
+    float v[PIECES], g[PIECES], sum = 0.0f;
+#pragma unroll
+    for (u32 j = 0; j < PIECES; j++) {
+        const u32 c = lane + 32 * j;
+        v[j] = c < dim ? load_near(x + c) : 0.0f;
+        g[j] = c < dim ? load_near(gain + c) : 0.0f;
+    }
+#pragma unroll
+    for (u32 j = 0; j < PIECES; j++) sum = fmaf(v[j], v[j], sum);
+#pragma unroll 4
+    for (u32 c = lane + 32 * PIECES; c < dim; c += 32) sum = fmaf(x[c], x[c], sum);
+    const float inverse = 1.0f / sqrtf(warp_sum(sum) / (float)dim + eps);
+#pragma unroll
+    for (u32 j = 0; j < PIECES; j++) {
+        if (lane + 32 * j < dim) out[lane + 32 * j] = v[j] * inverse * g[j];
+    }
+    for (u32 c = lane + 32 * PIECES; c < dim; c += 32) out[c] = x[c] * inverse * gain[c];
 }
 
 // dx holds the gradient of the output, and then that of x.
@@ -93,8 +177,9 @@ extern "C" __global__ void __launch_bounds__(STRIPES * 32)
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) silu_gate(const float* __restrict__ y, const float* __restrict__ gate,
-                                                               float* __restrict__ out, u64 len) {
+extern "C" __global__ void __launch_bounds__(THREADS) silu_gate(const float* y, const float* gate, float* out, u64 len) {
+    let_next_begin();
+    wait_for_previous();
     EACH(i, len) out[i] = y[i] * (gate[i] * sigmoid(gate[i]));
 }
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -108,8 +193,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) gelu_gate(const float* __restrict__ y, const float* __restrict__ gate,
-                                                               float* __restrict__ out, u64 len) {
+extern "C" __global__ void __launch_bounds__(THREADS) gelu_gate(const float* y, const float* gate, float* out, u64 len) {
+    let_next_begin();
+    wait_for_previous();
     EACH(i, len) out[i] = y[i] * (gate[i] * normal_cdf(gate[i]));
 }
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -126,9 +212,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 // One gate a token.
-extern "C" __global__ void __launch_bounds__(THREADS) sigmoid_gate(const float* __restrict__ y, const float* __restrict__ gate,
-                                                                  float* __restrict__ out, u64 len, u32 width) {
-    EACH(i, len) out[i] = y[i] * sigmoid(__ldg(gate + i / width));
+extern "C" __global__ void __launch_bounds__(THREADS) sigmoid_gate(const float* y, const float* gate, float* out, u64 len,
+                                                                  u32 width) {
+    let_next_begin();
+    wait_for_previous();
+    EACH(i, len) out[i] = y[i] * sigmoid(gate[i / width]);
 }
 // A warp a token.
 extern "C" __global__ void __launch_bounds__(THREADS)

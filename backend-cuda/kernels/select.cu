@@ -2,96 +2,11 @@
 //
 // Contract. A half is a row of `n` scores; there are `parts` (1 or 2) for a token and head. Scores of a tile of tokens lie as
 // `[heads * parts, tile, n]`. Lists are `[tile, heads, parts, k]`: order keys (see `order`) and sub-keys, best first.
-//
-// The law: descending; a NaN is greatest; equal ones by lower index. A score and its index make one 64-bit number whose
-// descending order is the law's (`composite`), so any exact selection of the greatest gives the same result in any order
-// of work. A warp selects: it bounds the K-th best from below by the maxima of disjoint parts, collects what is not smaller,
-// and sorts that; where ties make that too much for its list it finds the K-th best bit by bit.
-//
-// For finite scores the best K of each half decide, and of their pairs only those with (a + 1)(b + 1) <= K. Where a half's
-// best is +inf or NaN, sub-keys of -inf can win too (+inf - inf is NaN): then all pairs of the best K and up to K more of -inf
-// are tried, as core's `half_candidates` and `best_pairs` do.
 
 #define SELECT_THREADS 128
 
 // The lists of a block's warps, and what else the kernel says.
 extern __shared__ __align__(16) u64 lists[];
-
-// Ascending with the law's order of scores. NaNs are all one, zeros are all one.
-__device__ __forceinline__ u32 order(float score) {
-    if (score != score) return FULL;
-    const u32 bits = __float_as_uint(score + 0.0f);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ float score_of(u32 key) {
-    if (key == FULL) return __int_as_float(0x7fc00000);
-    return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
-}
-#define PLUS_INF 0xff800000u
-#define MINUS_INF 0x007fffffu
-
-__device__ __forceinline__ u64 composite(u32 key, u32 index) { return (u64)key << 32 | (u32)~index; }
-__device__ __forceinline__ u32 index_of(u64 composite) { return ~(u32)composite; }
-
-// Sorts `len` numbers, a power of two, descending: a bitonic network of one warp.
-__device__ __forceinline__ void sort_list(u64* list, u32 len) {
-    const u32 lane = threadIdx.x % 32;
-    for (u32 size = 2; size <= len; size *= 2) {
-        for (u32 stride = size / 2; stride > 0; stride /= 2) {
-            __syncwarp();
-            for (u32 pair = lane; pair < len / 2; pair += 32) {
-                const u32 i = 2 * pair - (pair & (stride - 1));
-                const u64 a = list[i], b = list[i + stride];
-                if ((a < b) == ((i & size) == 0)) {
-                    list[i] = b;
-                    list[i + stride] = a;
-                }
-            }
-        }
-    }
-    __syncwarp();
-}
-
-// Fills the list from `len` to the next power of two with what sorts last, and sorts it.
-__device__ __forceinline__ void finish_list(u64* list, u32 len) {
-    u32 whole = 1;
-    while (whole < len) whole *= 2;
-    for (u32 i = len + threadIdx.x % 32; i < whole; i += 32) list[i] = 0;
-    sort_list(list, whole);
-}
-
-// The best `k` of `count` candidates with keys `key(i)`, whatever they are, unsorted into `list`: the K-th best key bit by
-// bit, then how far down its ties reach.
-template <class F> __device__ __forceinline__ void select_by_bits(u32 count, u32 k, const F& key, u64* list) {
-    const u32 lane = threadIdx.x % 32;
-    u32 least = 0;
-    for (u32 bit = 0x80000000u; bit > 0; bit >>= 1) {
-        u32 enough = 0;
-        for (u32 i = lane; i < count; i += 32) enough += key(i) >= (least | bit);
-        if (__reduce_add_sync(FULL, enough) >= k) least |= bit;
-    }
-    u32 greater = 0;
-    for (u32 i = lane; i < count; i += 32) greater += key(i) > least;
-    const u32 ties = k - __reduce_add_sync(FULL, greater);
-    u32 low = 0, high = count;
-    while (low < high) {
-        const u32 middle = low + (high - low) / 2;
-        u32 before = 0;
-        for (u32 i = lane; i <= middle; i += 32) before += key(i) == least;
-        if (__reduce_add_sync(FULL, before) >= ties) high = middle;
-        else low = middle + 1;
-    }
-    u32 len = 0;
-    for (u32 base = 0; base < count; base += 32) {
-        const u32 i = base + lane;
-        const u32 mine = i < count ? key(i) : 0u;
-        const bool taken = i < count && (mine > least || (mine == least && i <= low));
-        const u32 ballot = __ballot_sync(FULL, taken);
-        if (taken) list[len + __popc(ballot & ((1u << lane) - 1))] = composite(mine, i);
-        len += __popc(ballot);
-    }
-    __syncwarp();
-}
 
 // A part of a half in a warp's registers: x[j] is score number base + 32 j + lane, or -inf behind the end.
 #define PART 1024
@@ -99,36 +14,6 @@ __device__ __forceinline__ void load_part(const float* __restrict__ scores, u32 
     const u32 first = base + threadIdx.x % 32;
 #pragma unroll
     for (u32 j = 0; j < 32; j++) x[j] = first + 32 * j < n ? __ldg(scores + first + 32 * j) : -INF;
-}
-
-// The place of the first of this lane's `count` items among those of the warp; `total` of all.
-__device__ __forceinline__ u32 scan_warp(u32 count, u32& total) {
-    u32 sum = count;
-#pragma unroll
-    for (int o = 1; o < 32; o <<= 1) {
-        const u32 before = __shfl_up_sync(FULL, sum, o);
-        if (threadIdx.x % 32 >= o) sum += before;
-    }
-    total = __shfl_sync(FULL, sum, 31);
-    return sum - count;
-}
-
-// A key that at least `k` of the warp's 32 * SETS keys reach, near the greatest such.
-template <int SETS> __device__ __forceinline__ u32 bound_keys(const u32 (&keys)[SETS], u32 k, int steps) {
-    u32 least = keys[0], most = keys[0];
-#pragma unroll
-    for (int s = 1; s < SETS; s++) least = min(least, keys[s]), most = max(most, keys[s]);
-    u32 low = __reduce_min_sync(FULL, least), high = __reduce_max_sync(FULL, most);
-#pragma unroll 1
-    for (int step = 0; step < steps && low < high; step++) {
-        const u32 middle = low + (high - low + 1) / 2;
-        u32 enough = 0;
-#pragma unroll
-        for (int s = 0; s < SETS; s++) enough += __popc(__ballot_sync(FULL, keys[s] >= middle));
-        if (enough >= k) low = middle;
-        else high = middle - 1;
-    }
-    return low;
 }
 
 // The best `k` of a half into a list of `capacity` places, sorted. The maxima of 32 * SETS parts bound the K-th best: so
@@ -145,10 +30,10 @@ __device__ __forceinline__ void select_half(const float* __restrict__ scores, u3
 #pragma unroll
         for (int j = 0; j < 32; j++) best[j % SETS] = fmaxf(best[j % SETS], x[j]);
     }
-    u32 keys[SETS];
+    u32 keys[SETS], least = FULL;
 #pragma unroll
-    for (int s = 0; s < SETS; s++) keys[s] = order(best[s]);
-    const float bound = score_of(bound_keys<SETS>(keys, k, 10));
+    for (int s = 0; s < SETS; s++) keys[s] = order(best[s]), least = min(least, keys[s]);
+    const float bound = score_of(bound_keys<SETS>(keys, __reduce_min_sync(FULL, least), k, 10));
     u32 len = 0;
     for (u32 base = 0; base < n; base += PART) {
         if (n > PART) load_part(scores, base, n, x);
@@ -225,34 +110,6 @@ __device__ __forceinline__ void softmax_list(const u64* list, u32 k, u64 at, flo
     }
 }
 
-// The candidates of a half for the case of infinities: its best k, and up to k more of -inf, by index. Their number.
-__device__ __noinline__ u32 add_lowest(const float* __restrict__ half, u32 n, u32 k, u32* keys, u32* ids) {
-    const u32 lane = threadIdx.x % 32;
-    u32 taken = 0;
-    for (u32 i = lane; i < k; i += 32) taken += keys[i] == MINUS_INF;
-    taken = __reduce_add_sync(FULL, taken);
-    u32 seen = 0, len = k;
-    for (u32 base = 0; base < n && len < 2 * k; base += 32) {
-        const u32 i = base + lane;
-        const bool lowest = i < n && order(half[i]) == MINUS_INF;
-        const u32 ballot = __ballot_sync(FULL, lowest);
-        const u32 rank = seen + __popc(ballot & ((1u << lane) - 1));
-        if (lowest && rank >= taken && k + rank - taken < 2 * k) {
-            keys[k + rank - taken] = MINUS_INF;
-            ids[k + rank - taken] = i;
-        }
-        seen += __popc(ballot);
-        len = k + min(k, seen > taken ? seen - taken : 0u);
-    }
-    __syncwarp();
-    return len;
-}
-
-// A pair of the table as a composite: the sum of its scores, and its position.
-__device__ __forceinline__ u64 pair_of(const u32* first_keys, const u32* second_keys, u32 pair) {
-    return composite(order(score_of(first_keys[pair >> 16]) + score_of(second_keys[pair & 0xffffu])), pair);
-}
-
 // The pairs of at most 32 by 32 scores that can be among the best `k`, unsorted; how many they are. There are at most 119.
 __device__ __forceinline__ u32 collect_pairs(const u32* first_keys, const u32* second_keys, const u32* table, u32 pairs,
                                              u32 k, u64* list) {
@@ -264,8 +121,8 @@ __device__ __forceinline__ u32 collect_pairs(const u32* first_keys, const u32* s
         mine[j] = lane + 32 * j < pairs ? pair_of(first_keys, second_keys, table[lane + 32 * j]) : 0;
         keys[j] = (u32)(mine[j] >> 32);
     }
-    // Keys of scores are not zero, so neither is a bound that k of them reach.
-    const u32 bound = max(bound_keys<4>(keys, k, 16), 1u);
+    // The pairs (0, b) are k that the last of them bounds.
+    const u32 bound = bound_keys<4>(keys, order(score_of(first_keys[0]) + score_of(second_keys[k - 1])), k, 10);
     u32 count = 0, len;
 #pragma unroll
     for (int j = 0; j < 4; j++) count += keys[j] >= bound;
@@ -295,11 +152,7 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS)
     // Row a of the table has the pairs (a, 0), (a, 1), ...: in order of position.
     if (parts == 2) {
         if (k <= 32) {
-            if (warp == 0) {
-                u32 total;
-                const u32 count = lane < k ? k / (lane + 1) : 0u, at = scan_warp(count, total);
-                for (u32 b = 0; b < count; b++) table[at + b] = lane << 16 | b;
-            }
+            if (warp == 0) list_pairs(k, table);
         } else {
             for (u32 a = threadIdx.x; a < k; a += blockDim.x) {
                 u32 at = 0;
@@ -356,52 +209,95 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS)
     }
 }
 
-// Scores for few tokens: a warp a sub-key, which it reads once for up to four tokens. Every score is a horizontal sum.
-extern "C" __global__ void __launch_bounds__(SELECT_THREADS)
-    select_scores(const u8* __restrict__ keys, const float* __restrict__ scales, u32 group, const float* __restrict__ queries,
-                  u32 tokens, u32 halves, u32 n, u32 dim, u32 wide, float* __restrict__ scores) {
-    const u32 lane = threadIdx.x % 32;
-    const u64 row = (u64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (row >= (u64)halves * n) return;
-    const u32 half = (u32)(row / n), key = (u32)(row % n);
+// Scores for few tokens: a warp takes KEYS neighbouring sub-keys of a half, and reads them once for TOKENS tokens. Every score
+// is a horizontal sum.
+#define KEYS 4
+template <int TOKENS>
+__device__ __forceinline__ void score_keys(const u8* keys, const float* scales, u32 group, const float* queries, u32 tokens,
+                                           u32 halves, u32 n, u32 dim, u32 wide, float* scores) {
+    let_next_begin();
+    const u32 lane = threadIdx.x % 32, warps = (n + KEYS - 1) / KEYS, warp = blockIdx.x * (SELECT_THREADS / 32) + threadIdx.x / 32;
+    if (warp >= halves * warps) return wait_for_previous();
+    const u32 half = warp / warps, key = warp % warps * KEYS, count = min((u32)KEYS, n - key);
     const u32 groups = scales ? (dim + group - 1) / group : 0;
-    const float* scale = scales + row * groups;
-    const u8* codes = keys + row * dim * SIZE;
-    for (u32 first = 0; first < tokens; first += 4) {
-        float dot[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    const u64 row = (u64)half * n + key, stride = (u64)dim * SIZE;
+    const u8* codes = keys + row * stride;
+    for (u64 at = lane * 128; at < count * stride; at += 32 * 128) prefetch(codes + at);
+    wait_for_previous();
+    for (u32 first = 0; first < tokens; first += TOKENS) {
+        // Behind the last token and the last sub-key those are read again, and not written.
+        const float* q[TOKENS];
+        float dot[KEYS][TOKENS];
+#pragma unroll
+        for (u32 t = 0; t < TOKENS; t++) {
+            q[t] = queries + ((u64)min(first + t, tokens - 1) * halves + half) * dim;
+#pragma unroll
+            for (u32 r = 0; r < KEYS; r++) dot[r][t] = 0.0f;
+        }
         if (wide) {
 #pragma unroll 2
             for (u32 c = lane * 4; c < dim; c += 128) {
-                float x[4];
-                decode<ELEM, 4>(load_once<4 * SIZE>(codes + (u64)c * SIZE), x);
+                Raw<4 * SIZE> raw[KEYS];
+                float4 v[TOKENS];
 #pragma unroll
-                for (u32 t = 0; t < 4; t++) {
-                    if (first + t < tokens) {
-                        const float4 q = __ldg((const float4*)(queries + ((u64)(first + t) * halves + half) * dim + c));
-                        float part = fmaf(q.w, x[3], fmaf(q.z, x[2], fmaf(q.y, x[1], q.x * x[0])));
-                        dot[t] = groups > 1 ? fmaf(__ldg(scale + c / group), part, dot[t]) : dot[t] + part;
+                for (u32 r = 0; r < KEYS; r++) raw[r] = load_fresh<4 * SIZE>(codes + min(r, count - 1) * stride + (u64)c * SIZE);
+#pragma unroll
+                for (u32 t = 0; t < TOKENS; t++) v[t] = load_near4(q[t] + c);
+#pragma unroll
+                for (u32 r = 0; r < KEYS; r++) {
+                    float x[4];
+                    decode<ELEM, 4>(raw[r], x);
+                    const float scale = groups > 1 ? load_near(scales + (row + min(r, count - 1)) * groups + c / group) : 1.0f;
+#pragma unroll
+                    for (u32 t = 0; t < TOKENS; t++) {
+                        const float part = fmaf(v[t].w, x[3], fmaf(v[t].z, x[2], fmaf(v[t].y, x[1], v[t].x * x[0])));
+                        dot[r][t] = fmaf(scale, part, dot[r][t]);
                     }
                 }
             }
         } else {
             for (u32 c = lane; c < dim; c += 32) {
-                float x[1];
-                decode<ELEM, 1>(load_once<SIZE>(codes + (u64)c * SIZE), x);
-                if (groups > 1) x[0] *= __ldg(scale + c / group);
 #pragma unroll
-                for (u32 t = 0; t < 4; t++) {
-                    if (first + t < tokens)
-                        dot[t] = fmaf(__ldg(queries + ((u64)(first + t) * halves + half) * dim + c), x[0], dot[t]);
+                for (u32 r = 0; r < KEYS; r++) {
+                    float x[1];
+                    decode<ELEM, 1>(load_fresh<SIZE>(codes + min(r, count - 1) * stride + (u64)c * SIZE), x);
+                    if (groups > 1) x[0] *= load_near(scales + (row + min(r, count - 1)) * groups + c / group);
+#pragma unroll
+                    for (u32 t = 0; t < TOKENS; t++) dot[r][t] = fmaf(load_near(q[t] + c), x[0], dot[r][t]);
                 }
             }
         }
 #pragma unroll
-        for (u32 t = 0; t < 4; t++) {
-            const float sum = warp_sum(dot[t]);
-            if (lane == 0 && first + t < tokens)
-                scores[((u64)half * tokens + first + t) * n + key] = groups == 1 ? __ldg(scale) * sum : sum;
+        for (u32 t = 0; t < TOKENS; t++) {
+            float mine = 0.0f;
+#pragma unroll
+            for (u32 r = 0; r < KEYS; r++) {
+                const float sum = warp_sum(dot[r][t]);
+                if (lane == r) mine = sum;
+            }
+            if (groups == 1 && lane < count) mine *= load_near(scales + row + lane);
+            if (lane < count && first + t < tokens) scores[((u64)half * tokens + first + t) * n + key + lane] = mine;
         }
     }
+}
+// With a bound of four blocks, for the compiler takes 64 registers of its own accord, and spills.
+#define SCORES(TOKENS)                                                                                                \
+    extern "C" __global__ void __launch_bounds__(SELECT_THREADS, 4)                                                   \
+        select_scores_##TOKENS(const u8* keys, const float* scales, u32 group, const float* queries, u32 tokens,      \
+                               u32 halves, u32 n, u32 dim, u32 wide, float* scores) {                                 \
+        score_keys<TOKENS>(keys, scales, group, queries, tokens, halves, n, dim, wide, scores);                       \
+    }
+SCORES(1)
+SCORES(4)
+
+// The choice for few tokens and K up to 32: a block a token and head.
+extern "C" __global__ void __launch_bounds__(FEW_THREADS)
+    select_few(const float* scores, u32 tile, u32 heads, u32 parts, u32 n, u32 k, u32 pairs, u32* ids_out, float* scores_out,
+               float* weights_out) {
+    let_next_begin();
+    const u64 head = blockIdx.x % heads, token = blockIdx.x / heads, to = (u64)blockIdx.x * k;
+    choose_block(scores + (head * parts * tile + token) * n, (u64)tile * n, parts, n, k, pairs, ids_out + to, scores_out + to,
+                 weights_out + to);
 }
 
 // Packed keys as floats: row r of `out` is scale * code.
@@ -418,9 +314,7 @@ extern "C" __global__ void __launch_bounds__(256) decode_keys(const u8* __restri
 // Floats rounded to bf16, for the mode in which tensor cores make the scores.
 extern "C" __global__ void __launch_bounds__(256) to_bf16(const float* __restrict__ x, u64 len, u16* __restrict__ out) {
     for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < len; i += (u64)gridDim.x * blockDim.x) {
-        const u32 bits = __float_as_uint(x[i]);
-        const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-        out[i] = (u16)(nan ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+        out[i] = (u16)bf16_bits(x[i]);
     }
 }
 

@@ -13,6 +13,7 @@ use crate::launch::{Kernel, Module, Stream, compile, compiler_version};
 
 const COMMON: &str = include_str!("../kernels/common.cuh");
 const SUMS: &str = include_str!("../kernels/sums.cuh");
+const CHOOSE: &str = include_str!("../kernels/choose.cuh");
 
 /// A kernel file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -21,6 +22,7 @@ pub(crate) enum File {
     Plan,
     Optim,
     Select,
+    Tiles,
     Dense,
     Cache,
 }
@@ -32,6 +34,7 @@ impl File {
             Self::Plan => "plan.cu",
             Self::Optim => "optim.cu",
             Self::Select => "select.cu",
+            Self::Tiles => "tiles.cu",
             Self::Dense => "dense.cu",
             Self::Cache => "cache.cu",
         }
@@ -42,7 +45,8 @@ impl File {
             Self::Bag => [COMMON, "", include_str!("../kernels/bag.cu")],
             Self::Plan => [COMMON, SUMS, include_str!("../kernels/plan.cu")],
             Self::Optim => [COMMON, SUMS, include_str!("../kernels/optim.cu")],
-            Self::Select => [COMMON, "", include_str!("../kernels/select.cu")],
+            Self::Select => [COMMON, CHOOSE, include_str!("../kernels/select.cu")],
+            Self::Tiles => [COMMON, CHOOSE, include_str!("../kernels/tiles.cu")],
             Self::Dense => [COMMON, "", include_str!("../kernels/dense.cu")],
             Self::Cache => [COMMON, "", include_str!("../kernels/cache.cu")],
         }
@@ -110,10 +114,12 @@ pub(crate) struct Kernels {
 
 impl Kernels {
     pub(crate) fn new(stream: &Stream, capability: (i32, i32), cache: Option<PathBuf>) -> Result<Self, CudaError> {
+        // Hopper's own instructions are in no other's set.
         let (major, minor) = capability;
+        let own = if capability == (9, 0) { "a" } else { "" };
         Ok(Self {
             stream: stream.clone(),
-            arch: format!("sm_{major}{minor}"),
+            arch: format!("sm_{major}{minor}{own}"),
             compiler: compiler_version()?,
             cache,
             modules: Mutex::default(),

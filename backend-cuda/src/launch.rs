@@ -43,6 +43,8 @@ fn driver(call: &'static str) -> impl Fn(DriverError) -> CudaError {
 pub(crate) struct Stream {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    /// Whether the device can begin a kernel while the one before still runs.
+    early: bool,
 }
 
 /// What kernels are compiled and launched for.
@@ -66,13 +68,20 @@ impl Stream {
             _ => driver("cuDevicePrimaryCtxRetain")(error),
         })?;
         let stream = context.new_stream().map_err(driver("cuStreamCreate"))?;
-        Ok(Self { context, stream })
+        Self::of(stream)
     }
 
     /// A stream that exists already.
     pub(crate) fn adopt(stream: &Arc<CudaStream>) -> Result<Self, CudaError> {
         check_libraries()?;
-        Ok(Self { context: stream.context().clone(), stream: stream.clone() })
+        Self::of(stream.clone())
+    }
+
+    fn of(stream: Arc<CudaStream>) -> Result<Self, CudaError> {
+        use sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR;
+        let context = stream.context().clone();
+        let early = context.attribute(MAJOR).map_err(driver("cuDeviceGetAttribute"))? >= 9;
+        Ok(Self { context, stream, early })
     }
 
     pub(crate) fn cuda_stream(&self) -> &Arc<CudaStream> {
@@ -209,19 +218,30 @@ impl Stream {
         for (pointer, &start) in pointers.iter_mut().zip(&args.starts[..args.len]) {
             *pointer = (&raw mut args.words[start]).cast();
         }
-        let shared = u32::try_from(shape.shared).unwrap_or(u32::MAX);
+        let mut early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: shape.grid.0,
+            gridDimY: shape.grid.1,
+            gridDimZ: 1,
+            blockDimX: shape.block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: u32::try_from(shape.shared).unwrap_or(u32::MAX),
+            hStream: self.stream.cu_stream(),
+            attrs: &raw mut early,
+            numAttrs: u32::from(shape.early && self.early),
+        };
         // SAFETY: the function is alive, for its module is. There is one pointer for each parameter, to storage of
-        // that parameter's size (asserted above) which the call copies. Which device memory the parameters reach is the
-        // kernel's contract, stated in its file; the operations check it before they launch.
+        // that parameter's size (asserted above) which the call copies, as it does the configuration. Which device memory
+        // the parameters reach is the kernel's contract, stated in its file; the operations check it before they launch. A
+        // kernel that is launched early waits for what was launched before it touches memory: that is its contract too.
         unsafe {
-            result::launch_kernel(
-                function.handle,
-                (shape.grid.0, shape.grid.1, 1),
-                (shape.block, 1, 1),
-                shared,
-                self.stream.cu_stream(),
-                &mut pointers[..args.len],
-            )
+            sys::cuLaunchKernelEx(&raw const config, function.handle, pointers.as_mut_ptr(), core::ptr::null_mut())
+                .result()
         }
         .map_err(driver(function.name))
     }
@@ -394,16 +414,27 @@ pub(crate) struct Shape {
     grid: (u32, u32),
     block: u32,
     shared: usize,
+    early: bool,
 }
 
 impl Shape {
     /// So many blocks of so many threads. The grid is cut where the device has no more: kernels over more walk on.
     pub(crate) fn new(blocks: usize, block: u32) -> Self {
-        Self { grid: (u32::try_from(blocks).unwrap_or(u32::MAX).min(i32::MAX as u32), 1), block, shared: 0 }
+        Self {
+            grid: (u32::try_from(blocks).unwrap_or(u32::MAX).min(i32::MAX as u32), 1),
+            block,
+            shared: 0,
+            early: false,
+        }
     }
     /// A second dimension of the grid.
     pub(crate) fn by(mut self, blocks: usize) -> Self {
         self.grid.1 = u32::try_from(blocks).unwrap_or(u32::MAX);
+        self
+    }
+    /// Lets the kernel begin while the one before still runs, on devices that can (`wait_for_previous` in `common.cuh`).
+    pub(crate) const fn early(mut self) -> Self {
+        self.early = true;
         self
     }
     /// Bytes of dynamic shared memory.

@@ -6,10 +6,11 @@
 use std::path::Path;
 
 use memlayer_core::ops::bag::{BagDot, BagSum};
+use memlayer_core::ops::dense::Linear;
 use memlayer_core::ops::optim::{Rounding, RowRule, RowUpdate, RowwiseAdagrad, Sgd, Step};
 use memlayer_core::ops::plan::{PlanBuffers, RowGradient};
 use memlayer_core::ops::select::{Select, SelectDims};
-use memlayer_core::ops::{EmbeddingBag, RowReduce, SelectRows};
+use memlayer_core::ops::{Dense, EmbeddingBag, RowReduce, SelectRows};
 use memlayer_core::{ArgError, Bf16, DenseRows, Device, F16, Int4, Reference, Trainable};
 use memlayer_cuda::{Buffer, Cuda, CudaError, Rows, Scores, TrainRows};
 use memlayer_tests::conformance::{assert_same_bits, skipped};
@@ -344,4 +345,82 @@ fn selection_of_many_tokens_is_exact() {
         let found = memlayer_tests::conformance::select::select_over(&cuda, dims, &queries, &rows).ids;
         assert_eq!(found, memlayer_tests::conformance::select::brute_force(dims, &queries, &keys), "{dims:?}");
     }
+}
+
+#[test]
+fn scores_on_tensor_cores_are_chosen_from_exactly() {
+    use memlayer_tests::conformance::select::select_over;
+    let Some(_) = cuda() else { return skipped("cuda") };
+    let rough = Cuda::builder(0).scores(Scores::Bf16).build().expect("a device");
+    let reference = Reference::<f32>::new();
+    for (seed, (tokens, heads, parts, sub_keys, half_dim, top_k)) in (40..).zip([
+        (140, 9, 2, 256, 64, 32),
+        (700, 3, 2, 512, 40, 20),
+        (300, 17, 1, 256, 264, 32),
+        (257, 6, 2, 1024, 512, 31),
+        (129, 17, 2, 768, 8, 1),
+    ]) {
+        let dims = SelectDims { tokens, heads, parts, sub_keys, half_dim, top_k };
+        // Integers that bf16 has: scores are exact. Small ones have more ties than lists have room, large ones hardly any.
+        for (greatest, odds) in [(100, 0), (3, 0), (40, 50)] {
+            let mut random = Random::new(seed);
+            let mut queries = random.integers::<f32>(dims.queries_len(), greatest);
+            let mut keys = random.integers::<f32>(dims.key_rows() * half_dim, greatest);
+            if odds > 0 {
+                queries.chunks_exact_mut(half_dim).for_each(|query| query[0] = 1.0);
+                for key in keys.chunks_exact_mut(half_dim) {
+                    let kind = random.below(3 * odds);
+                    if let Some(&special) = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY].get(kind) {
+                        key[0] = special;
+                    }
+                }
+            }
+            let codes: Vec<Bf16> = keys.iter().map(|&x| Bf16::from_f32(x)).collect();
+            let expected = select_over(&reference, dims, &queries, &DenseRows::new(&keys, half_dim));
+            let (reals, packed) = (rough.upload(&keys).expect("keys"), rough.upload(&codes).expect("keys"));
+            let found = select_over(&rough, dims, &queries, &Rows::new(reals.view(), half_dim));
+            assert_eq!(found.ids, expected.ids, "{dims:?}, integers to {greatest}");
+            let found = select_over(&rough, dims, &queries, &Rows::new(packed.view(), half_dim));
+            assert_eq!(found.ids, expected.ids, "{dims:?}, integers to {greatest}, keys in bf16");
+            for (a, b) in found.weights.iter().zip(&expected.weights) {
+                assert!(a.is_nan() && b.is_nan() || (a - b).abs() <= 1e-6, "{dims:?}: weight {a}, not {b}");
+            }
+        }
+    }
+}
+
+#[test]
+fn products_for_few_tokens_are_exact_where_they_can_be() {
+    let Some(cuda) = cuda() else { return skipped("cuda") };
+    let mut random = Random::new(50);
+    for (inputs, outputs, skip) in [(1024, 64, 0), (1300, 5, 0), (1024, 9, 1), (7, 3, 0), (36, 130, 0)] {
+        for tokens in 1..=9 {
+            let (x, weight) =
+                (random.integers::<f32>(tokens * inputs, 9), random.integers::<f32>(outputs * inputs + skip, 9));
+            let bias = random.integers::<f32>(outputs, 9);
+            let (there, rows) = (cuda.upload(&x).expect("inputs"), cuda.upload(&weight).expect("weights"));
+            let shift = cuda.upload(&bias).expect("a bias");
+            let mut out = cuda.zeros::<f32>(tokens * outputs).expect("outputs");
+            for bias in [None, Some(&bias)] {
+                cuda.linear(Linear {
+                    tokens,
+                    x: there.view(),
+                    weight: rows.view().slice(skip..weight.len()),
+                    bias: bias.map(|_| shift.view()),
+                    out: out.view_mut(),
+                })
+                .expect("a product");
+                let expected: Vec<f32> = (0..tokens * outputs)
+                    .map(|i| {
+                        let (t, o) = (i / outputs, i % outputs);
+                        let row = &weight[skip + o * inputs..][..inputs];
+                        let sum: f32 = row.iter().zip(&x[t * inputs..][..inputs]).map(|(a, b)| a * b).sum();
+                        sum + bias.map_or(0.0, |bias| bias[o])
+                    })
+                    .collect();
+                assert_eq!(TestDevice::download(&cuda, &out), expected, "{tokens} tokens, {inputs} to {outputs}");
+            }
+        }
+    }
+    cuda.synchronize().expect("all of it");
 }

@@ -1,9 +1,11 @@
-//! Products by cuBLAS; norms and gates.
+//! Products by cuBLAS, or of few tokens by our own kernel; norms and gates.
 
 use memlayer_core::ops::Dense;
-use memlayer_core::ops::dense::{Gate, GateBackward, Linear, LinearBackward, NORM_EPS, RmsNorm, RmsNormBackward};
+use memlayer_core::ops::dense::{
+    Gate, GateBackward, Linear, LinearBackward, LinearDims, NORM_EPS, RmsNorm, RmsNormBackward,
+};
 
-use super::size;
+use super::{aligned, size};
 use crate::Cuda;
 use crate::error::CudaError;
 use crate::kernels::{File, Variant};
@@ -12,10 +14,18 @@ use crate::launch::{Args, Matrix, Operands, Product, Shape};
 const THREADS: u32 = 256;
 /// Threads of the kernels that sum over rows: 32 stripes of 32 columns.
 const SUM_THREADS: u32 = 1024;
+/// Products of so many tokens or fewer are made without cuBLAS: weights are read once for four tokens.
+const FEW: usize = 8;
+const FEW_THREADS: u32 = 128;
 const VARIANT: Variant = Variant::of(File::Dense);
 
 const fn matrix(pointer: u64, stride: usize, transposed: bool) -> Matrix {
     Matrix { pointer, stride, batch: 0, transposed }
+}
+
+/// The shape of a kernel of a warp for each of `rows`.
+fn each_row(rows: usize) -> Shape {
+    Shape::new(rows.div_ceil(THREADS as usize / 32), THREADS)
 }
 
 impl Cuda {
@@ -31,36 +41,55 @@ impl Cuda {
         self.blas.product(&Product { operands: Operands::F32, sizes, batch: 1, a, b, out, accumulate })
     }
 
-    /// A kernel that walks through `len` elements.
-    fn each(&self, name: &'static str, len: usize, mut args: Args) -> Result<(), CudaError> {
-        let kernel = self.kernels.get(VARIANT, name)?;
-        self.stream.launch(&kernel, Shape::new(self.blocks_for(len, THREADS as usize), THREADS), &mut args)
+    /// `out = x · weightᵀ + bias` for few tokens.
+    fn linear_few(&self, args: &Linear<'_, Self>, dims: LinearDims) -> Result<(), CudaError> {
+        const OP: &str = "linear";
+        let kernel = self.kernels.get(VARIANT, if dims.tokens == 1 { "linear_1" } else { "linear_4" })?;
+        let wide = [args.x.pointer(), args.weight.pointer()].into_iter().all(|p| aligned(p, dims.inputs));
+        let mut launch = Args::new()
+            .read(args.x)
+            .read(args.weight)
+            .read_or_null::<f32>(args.bias)
+            .value(size(OP, "tokens", dims.tokens)?)
+            .value(size(OP, "x", dims.inputs)?)
+            .value(size(OP, "out", dims.outputs)?)
+            .value(u32::from(wide))
+            .write(&args.out);
+        let blocks = dims.outputs.div_ceil(FEW_THREADS as usize / 32);
+        self.stream.launch(&kernel, Shape::new(blocks, FEW_THREADS).early(), &mut launch)
     }
 
-    /// A kernel of a warp for each of `rows`.
-    fn each_row(&self, name: &'static str, rows: usize, mut args: Args) -> Result<(), CudaError> {
-        let kernel = self.kernels.get(VARIANT, name)?;
-        self.stream.launch(&kernel, Shape::new(rows.div_ceil(THREADS as usize / 32), THREADS), &mut args)
+    /// The shape of a kernel that walks through `len` elements.
+    fn each(&self, len: usize) -> Shape {
+        Shape::new(self.blocks_for(len, THREADS as usize), THREADS)
+    }
+
+    /// Launches a kernel of this file.
+    fn start(&self, name: &'static str, shape: Shape, mut args: Args) -> Result<(), CudaError> {
+        self.stream.launch(&self.kernels.get(VARIANT, name)?, shape, &mut args)
     }
 
     fn gate(&self, name: &'static str, args: &Gate<'_, Self>) -> Result<(), CudaError> {
         args.check(name, false)?;
         let len = args.y.len();
         let launch = Args::new().read(args.y).read(args.gate).write(&args.out).value(len as u64);
-        self.each(name, len, launch)
+        self.start(name, self.each(len).early(), launch)
     }
 
     fn gate_backward(&self, name: &'static str, args: &GateBackward<'_, Self>) -> Result<(), CudaError> {
         args.check(name, false)?;
         let len = args.y.len();
         let launch = Args::new().read(args.y).read(args.gate).read(args.dout).write(&args.dy).write(&args.dgate);
-        self.each(name, len, launch.value(len as u64))
+        self.start(name, self.each(len), launch.value(len as u64))
     }
 }
 
 impl Dense for Cuda {
     fn linear(&self, args: Linear<'_, Self>) -> Result<(), CudaError> {
         let dims = args.check()?;
+        if dims.tokens <= FEW {
+            return self.linear_few(&args, dims);
+        }
         let (x, weight) = (args.x.pointer(), args.weight.pointer());
         self.multiply(
             [dims.tokens, dims.outputs, dims.inputs],
@@ -72,7 +101,7 @@ impl Dense for Cuda {
         let Some(bias) = args.bias else { return Ok(()) };
         let len = args.out.len();
         let launch = Args::new().write(&args.out).read(bias).value(len as u64);
-        self.each("add_bias", len, launch.value(size("linear", "out", dims.outputs)?))
+        self.start("add_bias", self.each(len), launch.value(size("linear", "out", dims.outputs)?))
     }
 
     fn linear_backward(&self, args: LinearBackward<'_, Self>) -> Result<(), CudaError> {
@@ -119,7 +148,7 @@ impl Dense for Cuda {
         const OP: &str = "rms_norm";
         args.check()?;
         let launch = Args::new().read(args.x).read(args.gain).write(&args.out);
-        self.each_row(OP, args.dims.rows, norm_args(OP, launch, &args.dims)?)
+        self.start(OP, each_row(args.dims.rows).early(), norm_args(OP, launch, &args.dims)?)
     }
 
     fn rms_norm_backward(&self, args: RmsNormBackward<'_, Self>) -> Result<(), CudaError> {
@@ -133,7 +162,7 @@ impl Dense for Cuda {
             self.stream.launch(&kernel, shape, &mut norm_args(OP, launch, dims)?)?;
         }
         let launch = Args::new().read(args.x).read(args.gain).write(&args.dx);
-        self.each_row(OP, dims.rows, norm_args(OP, launch, dims)?)
+        self.start(OP, each_row(dims.rows), norm_args(OP, launch, dims)?)
     }
 
     fn silu_gate(&self, args: Gate<'_, Self>) -> Result<(), CudaError> {
@@ -149,7 +178,7 @@ impl Dense for Cuda {
         let width = args.check(OP, true)?;
         let len = args.y.len();
         let launch = Args::new().read(args.y).read(args.gate).write(&args.out).value(len as u64);
-        self.each(OP, len, launch.value(size(OP, "y", width)?))
+        self.start(OP, self.each(len).early(), launch.value(size(OP, "y", width)?))
     }
 
     fn sigmoid_gate_backward(&self, args: GateBackward<'_, Self>) -> Result<(), CudaError> {
@@ -157,7 +186,7 @@ impl Dense for Cuda {
         let width = args.check(OP, true)?;
         let tokens = args.gate.len();
         let launch = Args::new().read(args.y).read(args.gate).read(args.dout).write(&args.dy).write(&args.dgate);
-        self.each_row(OP, tokens, launch.value(tokens as u64).value(size(OP, "y", width)?))
+        self.start(OP, each_row(tokens), launch.value(tokens as u64).value(size(OP, "y", width)?))
     }
 
     fn gelu_gate(&self, args: Gate<'_, Self>) -> Result<(), CudaError> {

@@ -6,6 +6,7 @@ pub(crate) mod dense;
 pub(crate) mod optim;
 pub(crate) mod plan;
 pub(crate) mod select;
+pub(crate) mod tiles;
 
 use memlayer_core::ArgError;
 

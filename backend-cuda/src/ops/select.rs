@@ -8,6 +8,7 @@ use memlayer_core::ops::{RowReduce, SelectRows};
 use memlayer_core::{Element, Scratch, ScratchReq};
 
 use super::plan::{Destination, GradientArg, PlanArg};
+use super::tiles;
 use super::{number_of, size};
 use crate::error::CudaError;
 use crate::kernels::{File, Variant, format, packed_group};
@@ -21,6 +22,11 @@ pub const MAX_TOP_K: usize = 1024;
 const THREADS: u32 = 128;
 /// Calls of so many tokens or fewer score sub-keys without cuBLAS: keys are read once for four tokens.
 const FEW: usize = 8;
+/// Sub-keys that a warp scores there.
+const FEW_KEYS: usize = 4;
+/// Threads of a block that chooses for a token and head, and the greatest K it takes.
+pub(crate) const FEW_THREADS: u32 = 512;
+pub(crate) const FEW_K: usize = 32;
 /// Scores of a tile of tokens, at most. Tiles that fit into the second-level cache were slower: each is one more round of
 /// launches that do not fill the device.
 const TILE_SCORES: usize = 16 << 20;
@@ -70,13 +76,30 @@ const SLACK: usize = 3;
 
 /// The first `len` floats of `scratch` from an address that is a multiple of 16.
 fn take_aligned<'a>(scratch: Scratch<'a, Cuda>, len: usize) -> (ViewMut<'a, f32>, Scratch<'a, Cuda>) {
-    let skip = (scratch.reals.pointer().next_multiple_of(16) - scratch.reals.pointer()) / 4;
+    take_aligned_to(16, scratch, len)
+}
+
+/// The same of as many `bytes`; it may cost all floats in so many but one.
+pub(crate) fn take_aligned_to<'a>(
+    bytes: usize,
+    scratch: Scratch<'a, Cuda>,
+    len: usize,
+) -> (ViewMut<'a, f32>, Scratch<'a, Cuda>) {
+    let bytes = bytes as u64;
+    let skip = (scratch.reals.pointer().next_multiple_of(bytes) - scratch.reals.pointer()) / 4;
     let (_, scratch) = scratch.take_reals(usize::try_from(skip).unwrap_or(0));
     scratch.take_reals(len)
 }
 
+/// Whether four codes of a row can be read at once.
+pub(crate) fn reads_by_four<E: Element>(table: &Rows<'_, E>) -> bool {
+    table.dim.is_multiple_of(4)
+        && (table.group >= table.dim || table.group.is_multiple_of(4))
+        && table.codes.pointer().is_multiple_of(4 * size_of::<E>() as u64)
+}
+
 /// How many pairs (a, b) have (a + 1)(b + 1) <= k.
-fn pairs(k: usize) -> usize {
+pub(crate) fn pairs(k: usize) -> usize {
     (1..=k).map(|a| k / a).sum()
 }
 
@@ -91,7 +114,10 @@ fn half_kernel(k: usize) -> (&'static str, usize) {
 
 impl<E: Element> SelectRows<Rows<'_, E>> for Cuda {
     fn select_scratch(&self, dims: SelectDims) -> ScratchReq {
-        Tiles::new(dims, self.scores, E::FORMAT != Format::F32).scratch()
+        match tiles::Call::of(self, dims) {
+            Some(call) => call.scratch(),
+            None => Tiles::new(dims, self.scores, E::FORMAT != Format::F32).scratch(),
+        }
     }
 
     fn select(&self, args: Select<'_, Self, Rows<'_, E>>, scratch: Scratch<'_, Self>) -> Result<(), CudaError> {
@@ -112,6 +138,9 @@ impl<E: Element> SelectRows<Rows<'_, E>> for Cuda {
         let packed = E::FORMAT != Format::F32;
         if !packed && args.keys.scales.is_some() {
             return Err(CudaError::Unsupported { op: OP, what: "keys in f32 with scales" });
+        }
+        if let Some(call) = tiles::Call::of(self, dims) {
+            return self.select_tiles(&call, &args, scratch);
         }
         let tiles = Tiles::new(dims, self.scores, packed);
         let (scores, scratch) = take_aligned(scratch, tiles.scores());
@@ -285,11 +314,8 @@ impl Cuda {
     ) -> Result<(), CudaError> {
         const OP: &str = "select";
         let (halves, n, c) = (dims.heads * dims.parts, dims.sub_keys, dims.half_dim);
-        let wide = c.is_multiple_of(4)
-            && (table.group >= c || table.group.is_multiple_of(4))
-            && table.codes.pointer().is_multiple_of(4 * size_of::<E>() as u64)
-            && queries.pointer().is_multiple_of(16);
-        let kernel = self.kernels.get(variant, "select_scores")?;
+        let wide = reads_by_four(table) && queries.pointer().is_multiple_of(16);
+        let kernel = self.kernels.get(variant, if dims.tokens == 1 { "select_scores_1" } else { "select_scores_4" })?;
         let mut launch = Args::new()
             .read(table.codes)
             .read_or_null::<f32>(table.scales)
@@ -301,7 +327,10 @@ impl Cuda {
             .value(size(OP, "width of keys", c)?)
             .value(u32::from(wide))
             .write(scores);
-        self.stream.launch(&kernel, Shape::new((halves * n).div_ceil(4), THREADS), &mut launch)
+        let warps = halves * n.div_ceil(FEW_KEYS);
+        // The kernel counts them in 32 bits.
+        size(OP, "sub_keys", warps + 4)?;
+        self.stream.launch(&kernel, Shape::new(warps.div_ceil(THREADS as usize / 32), THREADS).early(), &mut launch)
     }
 
     /// The best K of the halves of a tile, and then of their pairs.
@@ -317,6 +346,25 @@ impl Cuda {
         let (k, halves) = (dims.top_k, dims.heads * dims.parts);
         let tile = size(OP, "tokens", tokens.len())?;
         let (n, top_k) = (size(OP, "sub_keys", dims.sub_keys)?, size(OP, "top_k", k)?);
+        let from = tokens.start * dims.heads * k;
+        let part = |pointer: u64| pointer + (from * 4) as u64;
+        let rows = tokens.len() * dims.heads;
+        // Blocks that are on the device at once anyway: then each head's steps are as few as can be.
+        if k <= FEW_K && rows <= 2 * self.properties.multiprocessors as usize {
+            let kernel = self.kernels.get(Variant::of(File::Select), "select_few")?;
+            let mut launch = Args::new()
+                .write(scores)
+                .value(tile)
+                .value(size(OP, "heads", dims.heads)?)
+                .value(size(OP, "parts", dims.parts)?)
+                .value(n)
+                .value(top_k)
+                .value(size(OP, "top_k", pairs(k))?)
+                .value(part(args.ids.pointer()))
+                .value(part(args.scores.pointer()))
+                .value(part(args.weights.pointer()));
+            return self.stream.launch(&kernel, Shape::new(rows, FEW_THREADS).early(), &mut launch);
+        }
         let (name, capacity) = half_kernel(k);
         let warps = warps_for(capacity * 8);
         let kernel = self.kernels.get(Variant::of(File::Select), name)?;
@@ -329,8 +377,8 @@ impl Cuda {
             .value(size(OP, "top_k", capacity)?)
             .write(list_keys)
             .write(list_ids);
-        let rows = tokens.len() * halves;
-        let shape = Shape::new(rows.div_ceil(warps), warps_block(warps)).shared(warps * capacity * 8);
+        let shape =
+            Shape::new((tokens.len() * halves).div_ceil(warps), warps_block(warps)).shared(warps * capacity * 8);
         self.stream.launch(&kernel, shape, &mut launch)?;
 
         let pairs = pairs(k);
@@ -338,8 +386,6 @@ impl Cuda {
         let warp_bytes = (capacity + 4 * k) * 8;
         let warps = warps_for(warp_bytes);
         let kernel = self.kernels.get(Variant::of(File::Select), "select_pairs")?;
-        let from = tokens.start * dims.heads * k;
-        let part = |pointer: u64| pointer + (from * 4) as u64;
         let mut launch = Args::new()
             .write(scores)
             .value(tile)
@@ -354,7 +400,6 @@ impl Cuda {
             .value(part(args.ids.pointer()))
             .value(part(args.scores.pointer()))
             .value(part(args.weights.pointer()));
-        let rows = tokens.len() * dims.heads;
         let blocks = rows.div_ceil(warps).min(self.properties.multiprocessors as usize * 16);
         let shape = Shape::new(blocks, warps_block(warps)).shared(warps * warp_bytes + pairs * 4);
         self.stream.launch(&kernel, shape, &mut launch)

@@ -6,6 +6,7 @@
 mod bags;
 mod cached;
 mod device;
+mod layer;
 mod select;
 mod step;
 
@@ -35,7 +36,7 @@ pub(crate) struct Options {
     /// A Python with PyTorch and Triton; without them ours alone is measured.
     #[arg(long, value_name = "PROGRAM", default_value = "python3")]
     python: PathBuf,
-    /// Only operations whose name contains this: bag_sum, bag_dot, sparse, step, step cached, select, decode.
+    /// Only operations whose name contains this: bag_sum, bag_dot, sparse, step, step cached, select, decode, layer decode.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
     /// Fewer widths and repetitions.
@@ -121,6 +122,7 @@ pub(crate) fn run(options: &Options) -> Result<(), BenchError> {
     bench.cached()?;
     bench.selections()?;
     bench.decode()?;
+    bench.layers()?;
     bench.cuda.synchronize()?;
     let command = std::env::args().collect::<Vec<_>>().join(" ");
     let report = Report { device: name, command, rows: bench.into_rows(), peers };
