@@ -89,6 +89,14 @@ pub(crate) fn format<E: Element>(op: &'static str) -> Result<u32, CudaError> {
     Ok(number)
 }
 
+/// The number of a format that rows are trained in.
+pub(crate) fn trained_format<E: Element>(op: &'static str) -> Result<u32, CudaError> {
+    match E::FORMAT {
+        Format::F32 | Format::Bf16 => format::<E>(op),
+        _ => Err(CudaError::Unsupported { op, what: "training in rows other than f32 and bf16" }),
+    }
+}
+
 /// The values of a group of a format that keeps a scale among its codes.
 pub(crate) const fn packed_group(format: Format) -> Option<usize> {
     match format {

@@ -85,7 +85,9 @@ impl Other {
     /// Whether it is what a case of ours would take its place: of the same operation and sizes. A format the peer has none of
     /// is compared with the nearest it has, which is named in `by`.
     fn is_of(&self, case: &Case) -> bool {
-        (&*self.op, &*self.format, &*self.ids) == (case.op, case.format, case.ids)
+        // The peers' gradients of rows are bf16; ours are f32 unless it says so.
+        let op = case.op.strip_suffix(" to bf16").unwrap_or(case.op);
+        (&*self.op, &*self.format, &*self.ids) == (op, case.format, case.ids)
             && (self.tokens, self.width, self.slots) == (case.tokens, case.width, case.slots)
     }
 }
