@@ -232,8 +232,8 @@ struct Destination {
     }
 };
 
-// Blocks of one `blockIdx.y` take `slice` columns of all rows, and blocks start in order: what they read of the sources at
-// about the same time is these columns, which fit into the second-level cache where all may not.
+// A warp a row. Blocks of one `blockIdx.y` take `slice` columns of all rows, and blocks start in order: what they read of the
+// sources at about the same time is these columns, which fit into the second-level cache where all may not.
 template <int VEC>
 __device__ __forceinline__ void reduce_short(const Plan& plan, const Gradient& gradient, const Lists& lists,
                                              const Destination& to, u32 slice, u32* flag, u32 op) {
@@ -306,7 +306,7 @@ __device__ __forceinline__ void reduce_long(const Plan& plan, const Gradient& gr
 }
 
 #define REDUCE(VEC)                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(256, 4) reduce_short_##VEC(                                           \
+    extern "C" __global__ void __launch_bounds__(32, 32) reduce_short_##VEC(                                          \
         Plan plan, Gradient gradient, Lists lists, Destination to, u32 slice, u32* flag, u32 op) {                    \
         reduce_short<VEC>(plan, gradient, lists, to, slice, flag, op);                                                \
     }                                                                                                                 \

@@ -10,7 +10,7 @@
 
 // Entries that are summed in one go; part of the law.
 #define CHUNK 512
-// Entries of a short row.
+// Entries of a short row, at most: one for each lane of a warp.
 #define SHORT 32
 // Warps that sum chunks of a long row at the same time.
 #define HOT_WARPS 16

@@ -67,6 +67,14 @@ impl Variant {
     pub(crate) const fn rule(self, rule: u32) -> Self {
         Self { rule, ..self }
     }
+    /// Bytes of a code of its format.
+    pub(crate) const fn code_bytes(self) -> usize {
+        match self.format {
+            0 => 4,
+            1 | 2 => 2,
+            _ => 1,
+        }
+    }
 }
 
 /// The number of a format in `common.cuh`, if rows of it can be read: its codes must be what the kernels take them for.

@@ -84,7 +84,7 @@ impl GradientArg {
     fn sources_len(&self) -> usize {
         let len = u128::from(self.len);
         #[allow(clippy::cast_possible_truncation, reason = "no more than entries")]
-        if self.magic == 0 { len as usize } else { (len * u128::from(self.magic) >> 64) as usize }
+        if self.magic == 0 { len as usize } else { ((len * u128::from(self.magic)) >> 64) as usize }
     }
     /// Whether four columns may be read at once.
     pub(crate) const fn is_wide(&self) -> bool {
@@ -211,12 +211,12 @@ impl Cuda {
             args.value(self.flag.view().pointer()).value(number_of(op))
         };
         let kernel = self.kernels.get(variant, if wide { "reduce_short_4" } else { "reduce_short_1" })?;
-        let slice = slice(gradient.sources_len(), dim, if variant == VARIANT { 4 } else { 2 }, self.properties.cache);
+        let slice = slice(gradient.sources_len(), dim, variant.code_bytes(), self.properties.cache);
         let shape = Shape::new(self.row_blocks(entries, 32), 32).by(dim.div_ceil(slice));
-        let mut with_slice = Args::new().value(plan).value(gradient).value(lists).value(to);
-        with_slice = with_slice.value(size(op, "width of the gradient", slice)?);
-        with_slice = with_slice.value(self.flag.view().pointer()).value(number_of(op));
-        self.stream.launch(&kernel, shape, &mut with_slice)?;
+        let mut sliced = Args::new().value(plan).value(gradient).value(lists).value(to);
+        sliced = sliced.value(size(op, "width of the gradient", slice)?);
+        sliced = sliced.value(self.flag.view().pointer()).value(number_of(op));
+        self.stream.launch(&kernel, shape, &mut sliced)?;
         if entries > SHORT {
             let kernel = self.kernels.get(variant, if wide { "reduce_middle_4" } else { "reduce_middle_1" })?;
             let block = row_block(pieces(dim, wide));
@@ -382,11 +382,7 @@ impl RowReduce for Cuda {
         gradient: RowGradient<'_, Self>,
         out: ViewMut<'_, f32>,
     ) -> Result<(), CudaError> {
-        const OP: &str = "reduce";
-        gradient.check(OP, &plan)?;
-        let limit = out.len().checked_div(gradient.dim).unwrap_or(0);
-        let to = Destination::new(out.pointer(), limit, false);
-        self.reduce_to(OP, PlanArg::new(OP, &plan)?, GradientArg::new(OP, &gradient)?, to)
+        self.reduce_as(plan, gradient, out)
     }
 
     fn square_sum_scratch(&self, _entries: usize) -> ScratchReq {

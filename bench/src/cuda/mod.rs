@@ -5,6 +5,8 @@
 
 mod bags;
 mod cached;
+#[cfg(feature = "candle")]
+mod candle;
 mod device;
 mod select;
 mod step;
@@ -35,7 +37,7 @@ pub(crate) struct Options {
     /// A Python with PyTorch and Triton; without them ours alone is measured.
     #[arg(long, value_name = "PROGRAM", default_value = "python3")]
     python: PathBuf,
-    /// Only operations whose name contains this: bag_sum, bag_dot, sparse, step, step cached, select, decode.
+    /// Only operations whose name contains this: bag_sum, bag_dot, sparse (gradients of rows), step, step cached, select, decode.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
     /// Fewer widths and repetitions.
@@ -125,6 +127,9 @@ pub(crate) fn run(options: &Options) -> Result<(), BenchError> {
     bench.decode()?;
     bench.cuda.synchronize()?;
     let command = std::env::args().collect::<Vec<_>>().join(" ");
+    // candle is of this process: it comes behind ours, so that the device is as others left it.
+    #[cfg(feature = "candle")]
+    let peers = [peers, candle::others(options)?].concat();
     let report = Report { device: name, command, rows: bench.into_rows(), peers };
     let table = table(&report);
     println!("{table}");
