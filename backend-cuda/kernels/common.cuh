@@ -208,6 +208,37 @@ template <int NV> __device__ __forceinline__ void write_once(float* p, const flo
     else __stcs(p, x[0]);
 }
 
+// The code of `bits`, by what is added below the cut: it carries as it must, up to infinity. NaN stays NaN. The upper half
+// counts.
+__device__ __forceinline__ u32 round_up(u32 bits, u32 below) {
+    if ((bits & 0x7f800000u) == 0x7f800000u) return bits << 9 ? bits | 0x400000u : bits;
+    return bits + below;
+}
+
+// What `round_up` rounds to nearest by, ties to even.
+__device__ __forceinline__ u32 half_below(float x) { return 0x7fffu + (__float_as_uint(x) >> 16 & 1u); }
+
+// Writes VEC values as bf16, each rounded by what is added below the cut; aligned to VEC codes.
+template <int VEC> __device__ __forceinline__ void write_bf16(u16* p, const float (&x)[VEC], const u32 (&below)[VEC]) {
+    u32 c[VEC];
+    // Zero unless a value is infinite or NaN: one question for all of them.
+    float finite = 0.0f;
+#pragma unroll
+    for (int i = 0; i < VEC; i++) finite = fmaf(x[i], 0.0f, finite);
+    if (finite == 0.0f) {
+#pragma unroll
+        for (int i = 0; i < VEC; i++) c[i] = __float_as_uint(x[i]) + below[i];
+    } else {
+#pragma unroll
+        for (int i = 0; i < VEC; i++) c[i] = round_up(__float_as_uint(x[i]), below[i]);
+    }
+    if constexpr (VEC == 4) {
+        __stcs((uint2*)p, make_uint2(__byte_perm(c[0], c[1], 0x7632), __byte_perm(c[2], c[3], 0x7632)));
+    } else {
+        *p = (u16)(c[0] >> 16);
+    }
+}
+
 // The bijection of core's `random::mix`.
 __device__ __forceinline__ u64 mix(u64 x) {
     x += 0x9e3779b97f4a7c15ull;

@@ -21,10 +21,17 @@
 
 // Threads of a block that takes short rows, at most, and what a multiprocessor must hold of them: as many as registers
 // allow without spilling.
-#if RULE >= ADAM || (RULE == ADAGRAD && ELEM == F32)
+#if RULE >= ADAM || RULE == ADAGRAD
 #define SHORT_BOUNDS 256, 3
 #else
 #define SHORT_BOUNDS 256, 4
+#endif
+
+// Pieces of a row that a thread holds at once where the rate of the row must be found first.
+#if RULE == ROWWISE_ADAM || ELEM == F32
+#define PIECES 2
+#else
+#define PIECES 4
 #endif
 
 #define ROWWISE (RULE == ROWWISE_ADAGRAD || RULE == ROWWISE_ADAM)
@@ -54,9 +61,8 @@ struct Step {
     u64 count;
 };
 
-template <int VEC> __device__ __forceinline__ void load_codes(const u8* row, u32 column, float (&x)[VEC]) {
+template <int VEC> __device__ __forceinline__ Raw<VEC * SIZE> load_codes(const u8* p) {
     Raw<VEC * SIZE> raw;
-    const u8* p = row + (u64)column * SIZE;
     if constexpr (VEC * SIZE == 16) {
         const uint4 v = __ldcs((const uint4*)p);
         raw.w[0] = v.x, raw.w[1] = v.y, raw.w[2] = v.z, raw.w[3] = v.w;
@@ -68,45 +74,32 @@ template <int VEC> __device__ __forceinline__ void load_codes(const u8* row, u32
     } else {
         raw.w[0] = *(const u16*)p;
     }
-    decode<ELEM, VEC>(raw, x);
+    return raw;
 }
 
-// The upper half of a float, by what is added below the cut: it carries as it must, up to infinity. NaN stays NaN.
-__device__ __forceinline__ u32 round_up(u32 bits, u32 below) {
-    if ((bits & 0x7f800000u) == 0x7f800000u) return bits << 9 ? bits | 0x400000u : bits;
-    return bits + below;
-}
-
+// Stores VEC columns of a row from `column` on, which is a multiple of VEC.
 template <int VEC>
-__device__ __forceinline__ void store_codes(u8* row, u32 column, const float (&x)[VEC], const Step& step, u64 row_noise) {
+__device__ __forceinline__ void store_codes(u8* p, u32 column, const float (&x)[VEC], const Step& step, u64 row_noise) {
 #if ELEM == F32
-    write_once<VEC>((float*)row + column, x);
+    write_once<VEC>((float*)p, x);
 #else
-    u32 c[VEC];
+    u32 below[VEC];
     if (step.stochastic) {
         // Up by chance. Four neighbours share 64 random bits: core's `Step::noise`.
-        const u64 noise = mix(row_noise + column / 4) >> (16 * (column % 4));
+        const u64 noise = mix(row_noise + column / 4) >> (VEC == 4 ? 0 : 16 * (column % 4));
 #pragma unroll
-        for (int i = 0; i < VEC; i++) c[i] = round_up(__float_as_uint(x[i]), (u32)(noise >> (16 * i)) & 0xffffu);
+        for (int i = 0; i < VEC; i++) below[i] = (u32)(noise >> (16 * i)) & 0xffffu;
     } else {
-        // To nearest, ties to even.
 #pragma unroll
-        for (int i = 0; i < VEC; i++) {
-            const u32 bits = __float_as_uint(x[i]);
-            c[i] = round_up(bits, 0x7fffu + (bits >> 16 & 1u));
-        }
+        for (int i = 0; i < VEC; i++) below[i] = half_below(x[i]);
     }
-    if constexpr (VEC == 4) {
-        __stcs((uint2*)((u16*)row + column), make_uint2(__byte_perm(c[0], c[1], 0x7632), __byte_perm(c[2], c[3], 0x7632)));
-    } else {
-        ((u16*)row)[column] = (u16)(c[0] >> 16);
-    }
+    write_bf16<VEC>((u16*)p, x, below);
 #endif
 }
 
-// The state is a row's own: plain loads, for other kernels wrote it.
-template <int VEC> __device__ __forceinline__ void load_state(const float* p, float (&x)[VEC]) {
-    if constexpr (VEC == 4 && !ROWWISE) {
+// Plain loads and stores, where a kernel reads what it or another one wrote.
+template <int VEC> __device__ __forceinline__ void load_plain(const float* p, bool aligned, float (&x)[VEC]) {
+    if (VEC == 4 && aligned) {
         const float4 v = *(const float4*)p;
         x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
     } else {
@@ -115,18 +108,35 @@ template <int VEC> __device__ __forceinline__ void load_state(const float* p, fl
     }
 }
 
-// Values and state of VEC columns of a row, as they are read and written.
+// Where a thread is in a row: its codes and its state there, and its column.
+struct Place {
+    u8* codes;
+    float* state;
+    u32 column;
+
+    __device__ __forceinline__ Place(const Rows& table, u32 id, u32 column)
+        : codes(table.codes + ((u64)id * table.dim + column) * SIZE),
+          state(table.state + (u64)id * table.state_len + (STATES ? column : 0)), column(column) {}
+    __device__ __forceinline__ void advance(u32 columns) {
+        codes += columns * SIZE, column += columns;
+        if (STATES) state += columns;
+    }
+};
+
+// Values and state of VEC columns of a row, `at` columns behind a place, as they are read and written.
 template <int VEC> struct Columns {
+    Raw<VEC * SIZE> codes;
     float x[VEC];
     float first[VEC];
     float second[VEC];
 
-    __device__ __forceinline__ void load(const Rows& table, const u8* row, const float* state, u32 column) {
-        load_codes<VEC>(row, column, x);
-        if (STATES >= 1) load_state<VEC>(state + column, first);
-        if (STATES >= 2) load_state<VEC>(state + table.dim + column, second);
+    __device__ __forceinline__ void load(const Rows& table, const Place& place, u32 at) {
+        codes = load_codes<VEC>(place.codes + at * SIZE);
+        if (STATES >= 1) load_plain<VEC>(place.state + at, !ROWWISE, first);
+        if (STATES >= 2) load_plain<VEC>(place.state + at + table.dim, !ROWWISE, second);
     }
     __device__ __forceinline__ void change(const float (&g)[VEC], const Step& step, float row_rate) {
+        decode<ELEM, VEC>(codes, x);
 #pragma unroll
         for (int i = 0; i < VEC; i++) {
 #if RULE == SGD
@@ -146,11 +156,11 @@ template <int VEC> struct Columns {
 #endif
         }
     }
-    __device__ __forceinline__ void store(const Rows& table, u8* row, float* state, u32 column, const Step& step,
+    __device__ __forceinline__ void store(const Rows& table, const Place& place, u32 at, const Step& step,
                                           u64 row_noise) const {
-        store_codes<VEC>(row, column, x, step, row_noise);
-        if (STATES >= 1) write_floats<VEC>(state + column, !ROWWISE, first);
-        if (STATES >= 2) write_floats<VEC>(state + table.dim + column, true, second);
+        store_codes<VEC>(place.codes + at * SIZE, place.column + at, x, step, row_noise);
+        if (STATES >= 1) write_floats<VEC>(place.state + at, !ROWWISE, first);
+        if (STATES >= 2) write_floats<VEC>(place.state + at + table.dim, true, second);
     }
 };
 
@@ -159,18 +169,20 @@ template <int VEC> struct Columns {
 __device__ __forceinline__ float row_rate(const float* grad, u32 dim, float* state, const Step& step) {
     const u32 lane = threadIdx.x % 32;
     float sum = 0.0f;
-    const float* state_at = RULE == ROWWISE_ADAGRAD ? state : state + dim;
-    const float old = *state_at;
+    const float old = *state;
     if (lane < 16) {
-        u32 i = lane;
-        for (; i + 112 < dim; i += 128) {
-            float g[8];
+        const float* g = grad + lane;
+        u32 left = (dim + 15 - lane) / 16;
+#pragma unroll 1
+        for (; left >= 8; left -= 8, g += 128) {
+            float x[8];
 #pragma unroll
-            for (int k = 0; k < 8; k++) g[k] = grad[i + 16 * k];
+            for (int k = 0; k < 8; k++) x[k] = g[16 * k];
 #pragma unroll
-            for (int k = 0; k < 8; k++) sum += g[k] * g[k];
+            for (int k = 0; k < 8; k++) sum += x[k] * x[k];
         }
-        for (; i < dim; i += 16) sum += grad[i] * grad[i];
+#pragma unroll 1
+        for (; left > 0; left--, g += 16) sum += *g * *g;
     }
     float lanes[16], mean = 0.0f;
 #pragma unroll
@@ -180,19 +192,38 @@ __device__ __forceinline__ float row_rate(const float* grad, u32 dim, float* sta
     mean = mean / (float)dim;
     const float total = RULE == ROWWISE_ADAGRAD ? old + mean : step.beta2 * old + step.one_less_beta2 * mean;
     __syncwarp();
-    if (lane == 0) *(float*)state_at = total;
+    if (lane == 0) *state = total;
     return step.rate / (sqrtf(total) + step.eps);
 }
 #endif
 
+// Asks for `bytes` from `p` on to come nearer: lines of 128 bytes, one for each thread in turn.
+__device__ __forceinline__ void fetch_ahead(const void* p, u32 bytes) {
+    for (u32 at = threadIdx.x * 128; at < bytes; at += blockDim.x * 128)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"((const u8*)p + at));
+}
+
 // Changes row `id` by the gradient that `gradient(out)` hands out, column by column. The whole block calls it.
 template <int VEC, class G>
 __device__ __forceinline__ void change_row(const Rows& table, const Step& step, u32 id, float* shared, const G& gradient) {
-    u8* row = table.codes + (u64)id * table.dim * SIZE;
-    float* state = table.state + (u64)id * table.state_len;
-    const u64 row_noise = step.stochastic ? mix(step.seed ^ (step.count + (table.names ? table.names[id] : id))) : 0;
+    const auto noise = [&] {
+        return step.stochastic ? mix(step.seed ^ (step.count + (table.names ? table.names[id] : id))) : 0;
+    };
 #if ROWWISE
     __shared__ float rate;
+    // The row is far away: its first pieces are on their way while its gradient is summed and its rate found, the next
+    // while these change.
+    const Span span = warp_span<VEC>(table.dim);
+    Place place(table, id, span.from + threadIdx.x % 32 * VEC);
+    Columns<VEC> pieces[PIECES];
+    const auto load = [&](u32 ahead) {
+#pragma unroll
+        for (int p = 0; p < PIECES; p++) {
+            if (place.column + ahead + p * 32 * VEC < span.to) pieces[p].load(table, place, ahead + p * 32 * VEC);
+            else pieces[p] = {};
+        }
+    };
+    load(0);
     gradient([&](u32 column, float(&g)[VEC]) {
 #pragma unroll
         for (int i = 0; i < VEC; i++) g[i] *= step.grad_scale;
@@ -200,29 +231,45 @@ __device__ __forceinline__ void change_row(const Rows& table, const Step& step, 
     });
     __syncthreads();
     if (threadIdx.x < 32) {
+        float* state = table.state + (u64)id * table.state_len + (RULE == ROWWISE_ADAM ? table.dim : 0);
         const float r = row_rate(shared, table.dim, state, step);
         if (threadIdx.x == 0) rate = r;
     }
     __syncthreads();
     const float common = rate;
-#pragma unroll 4
-    for (u32 column = threadIdx.x * VEC; column < table.dim; column += blockDim.x * VEC) {
-        float g[VEC];
-        Columns<VEC> columns;
-        columns.load(table, row, state, column);
+    const u64 row_noise = noise();
+    const float* grad = shared + place.column;
+#pragma unroll 1
+    while (place.column < span.to) {
+        Columns<VEC> now[PIECES];
 #pragma unroll
-        for (int i = 0; i < VEC; i++) g[i] = shared[column + i];
-        columns.change(g, step, common);
-        columns.store(table, row, state, column, step, row_noise);
+        for (int p = 0; p < PIECES; p++) now[p] = pieces[p];
+        load(PIECES * 32 * VEC);
+#pragma unroll
+        for (int p = 0; p < PIECES; p++) {
+            if (place.column + p * 32 * VEC < span.to) {
+                float g[VEC];
+                load_plain<VEC>(grad + p * 32 * VEC, true, g);
+                now[p].change(g, step, common);
+                now[p].store(table, place, p * 32 * VEC, step, row_noise);
+            }
+        }
+        place.advance(PIECES * 32 * VEC);
+        grad += PIECES * 32 * VEC;
     }
 #else
+    const Place place(table, id, 0);
+    // The row and its state come nearer while the gradient is summed.
+    fetch_ahead(place.codes, table.dim * SIZE);
+    fetch_ahead(place.state, table.state_len * 4);
+    const u64 row_noise = noise();
     gradient([&](u32 column, float(&g)[VEC]) {
         Columns<VEC> columns;
-        columns.load(table, row, state, column);
+        columns.load(table, place, column);
 #pragma unroll
         for (int i = 0; i < VEC; i++) g[i] *= step.grad_scale;
         columns.change(g, step, 0.0f);
-        columns.store(table, row, state, column, step, row_noise);
+        columns.store(table, place, column, step, row_noise);
     });
 #endif
 }
@@ -273,26 +320,21 @@ __device__ __forceinline__ void update_short(const Rows& table, const Step& step
     __shared__ u32 share;
     if (stopped(flag)) return;
     const u32 unique = plan.count();
+    const Span span = warp_span<VEC>(table.dim);
     Walk at;
     at.begin(plan, gradient, unique);
     u32 id = at.u < unique ? __ldg(plan.rows + at.u) : 0u;
-    u32 next_id = at.u + gridDim.x < unique ? __ldg(plan.rows + at.u + gridDim.x) : 0u;
     while (at.u < unique) {
         at.look_ahead(plan, gradient, unique);
-        // The next row and its state are asked for early, for they are far away.
-        if (next_id < table.rows) {
-            fetch_ahead(table.codes + (u64)next_id * table.dim * SIZE, table.dim * SIZE);
-            fetch_ahead(table.state + (u64)next_id * table.state_len, table.state_len * 4);
-        }
-        const u64 last = (u64)at.u + 2 * gridDim.x;
-        const u32 last_id = last < unique ? __ldg(plan.rows + last) : 0u;
-        if (!no_row(id, table, flag, op) && !lists.take(at.u, at.end - at.start, &share)) {
+        const u32 next = at.u + gridDim.x, next_id = next < unique ? __ldg(plan.rows + next) : 0u;
+        if (!no_row(id, table, flag, op) && !lists.take(at.u, at.len, &share)) {
             change_row<VEC>(table, step, id, shared, [&](const auto& out) {
-                gradient.sum_short<VEC>(plan, at.start, at.end, at.row, at.weight, out);
+                if (at.len > SHORT) gradient.sum_row<VEC, 1>(plan, at.u, out);
+                else gradient.sum_short<VEC>(at.len, at.row, at.weight, span, out);
             });
         }
         at.advance();
-        id = next_id, next_id = last_id;
+        id = next_id;
     }
 }
 
@@ -303,10 +345,8 @@ __device__ __forceinline__ void update_middle(const Rows& table, const Step& ste
     if (stopped(flag)) return;
     for (u32 i = blockIdx.x; i < lists.middles(); i += gridDim.x) {
         const u32 u = __ldg(lists.middle + i);
-        u32 start, end;
-        plan.range(u, start, end);
         change_row<VEC>(table, step, __ldg(plan.rows + u), shared, [&](const auto& out) {
-            gradient.sum_row<VEC, 8>(plan, start, end, out);
+            gradient.sum_row<VEC, 8>(plan, u, out);
         });
     }
 }

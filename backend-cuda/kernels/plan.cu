@@ -207,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_write(
 
 // Where the gradient of row `u` of the plan goes: out[u], or out[rows[u]] if `scatter`. At most `limit` rows fit.
 struct Destination {
-    float* out;
+    u8* out;
     u64 limit;
     u32 scatter;
 
@@ -218,23 +218,38 @@ struct Destination {
         if (threadIdx.x == 0) raise_flag(flag, op, (u32)to, limit);
         return FULL;
     }
+    // VEC columns of row `row`, in ELEM: floats, or bf16 rounded to nearest.
+    template <int VEC> __device__ __forceinline__ void write(u64 row, u32 dim, u32 column, const float (&sum)[VEC]) const {
+        u8* p = out + (row * dim + column) * SIZE;
+#if ELEM == F32
+        write_once<VEC>((float*)p, sum);
+#else
+        u32 below[VEC];
+#pragma unroll
+        for (int i = 0; i < VEC; i++) below[i] = half_below(sum[i]);
+        write_bf16<VEC>((u16*)p, sum, below);
+#endif
+    }
 };
 
+// A warp a row. Blocks of one `blockIdx.y` take `slice` columns of all rows, and blocks start in order: what they read of the
+// sources at about the same time is these columns, which fit into the second-level cache where all may not.
 template <int VEC>
 __device__ __forceinline__ void reduce_short(const Plan& plan, const Gradient& gradient, const Lists& lists,
-                                             const Destination& to, u32* flag, u32 op) {
+                                             const Destination& to, u32 slice, u32* flag, u32 op) {
     __shared__ u32 share;
-    const u32 unique = plan.count();
+    const u32 unique = plan.count(), from = blockIdx.y * slice;
+    const Span span = {from, min(from + slice, gradient.dim)};
     Walk at;
     for (at.begin(plan, gradient, unique); at.u < unique; at.advance()) {
         at.look_ahead(plan, gradient, unique);
-        if (lists.take(at.u, at.end - at.start, &share)) continue;
+        // The first slice's blocks put longer rows on the lists, and sum all of what does not fit there.
+        if (at.len > SHORT && (from > 0 || lists.take(at.u, at.len, &share))) continue;
         const u64 row = to.of(plan, at.u, flag, op);
         if (row == FULL) continue;
-        float* out = to.out + row * gradient.dim;
-        gradient.sum_short<VEC>(plan, at.start, at.end, at.row, at.weight, [&](u32 column, float(&sum)[VEC]) {
-            write_once<VEC>(out + column, sum);
-        });
+        const auto write = [&](u32 column, float(&sum)[VEC]) { to.write<VEC>(row, gradient.dim, column, sum); };
+        if (at.len > SHORT) gradient.sum_row<VEC, 1>(plan, at.u, write);
+        else gradient.sum_short<VEC>(at.len, at.row, at.weight, span, write);
     }
 }
 
@@ -243,13 +258,10 @@ __device__ __forceinline__ void reduce_middle(const Plan& plan, const Gradient& 
                                               const Destination& to, u32* flag, u32 op) {
     for (u32 i = blockIdx.x; i < lists.middles(); i += gridDim.x) {
         const u32 u = __ldg(lists.middle + i);
-        u32 start, end;
-        plan.range(u, start, end);
         const u64 row = to.of(plan, u, flag, op);
         if (row == FULL) continue;
-        float* out = to.out + row * gradient.dim;
-        gradient.sum_row<VEC, 8>(plan, start, end, [&](u32 column, float(&sum)[VEC]) {
-            write_once<VEC>(out + column, sum);
+        gradient.sum_row<VEC, 8>(plan, u, [&](u32 column, float(&sum)[VEC]) {
+            to.write<VEC>(row, gradient.dim, column, sum);
         });
     }
 }
@@ -290,13 +302,13 @@ __device__ __forceinline__ void reduce_long(const Plan& plan, const Gradient& gr
         }
         __syncthreads();
     }
-    if (warp == 0 && mine) write_floats<VEC>(to.out + row * gradient.dim + column, true, total);
+    if (warp == 0 && mine) to.write<VEC>(row, gradient.dim, column, total);
 }
 
 #define REDUCE(VEC)                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(256, 4) reduce_short_##VEC(                                           \
-        Plan plan, Gradient gradient, Lists lists, Destination to, u32* flag, u32 op) {                               \
-        reduce_short<VEC>(plan, gradient, lists, to, flag, op);                                                       \
+    extern "C" __global__ void __launch_bounds__(32, 32) reduce_short_##VEC(                                          \
+        Plan plan, Gradient gradient, Lists lists, Destination to, u32 slice, u32* flag, u32 op) {                    \
+        reduce_short<VEC>(plan, gradient, lists, to, slice, flag, op);                                                \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(512, 1) reduce_middle_##VEC(                                            \
         Plan plan, Gradient gradient, Lists lists, Destination to, u32* flag, u32 op) {                               \

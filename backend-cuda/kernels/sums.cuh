@@ -10,7 +10,7 @@
 
 // Entries that are summed in one go; part of the law.
 #define CHUNK 512
-// Entries of a short row.
+// Entries of a short row, at most: one for each lane of a warp.
 #define SHORT 32
 // Warps that sum chunks of a long row at the same time.
 #define HOT_WARPS 16
@@ -58,6 +58,19 @@ struct Plan {
     }
 };
 
+// Columns `from` to `to` of rows, which a warp takes: VEC of them a lane, then the next.
+struct Span {
+    u32 from;
+    u32 to;
+};
+
+// The warp's part of `dim` columns that are the block's.
+template <int VEC> __device__ __forceinline__ Span warp_span(u32 dim) {
+    const u32 warps = blockDim.x / 32, width = (dim + warps * VEC - 1) / (warps * VEC) * VEC;
+    const u32 from = min(threadIdx.x / 32 * width, dim);
+    return {from, min(from + width, dim)};
+}
+
 // Entry e adds weights[e] * sources[e / bag]; `magic` divides by the bag. `len` entries.
 struct Gradient {
     const float* weights;
@@ -66,9 +79,13 @@ struct Gradient {
     u32 dim;
     u32 len;
 
-    template <int VEC> __device__ __forceinline__ void source(u32 row, u32 column, float (&x)[VEC]) const {
-        const float* p = sources + (u64)row * dim + column;
-        if constexpr (VEC == 4) {
+    // VEC values of a source if they are `wanted`, else zeros: registers that are only written sometimes would be held for
+    // ever.
+    template <int VEC> static __device__ __forceinline__ void load(const float* p, bool wanted, float (&x)[VEC]) {
+        if (!wanted) {
+#pragma unroll
+            for (int i = 0; i < VEC; i++) x[i] = 0.0f;
+        } else if constexpr (VEC == 4) {
             const float4 v = __ldg((const float4*)p);
             x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
         } else {
@@ -78,50 +95,74 @@ struct Gradient {
 
     // The source and the weight of the entry at `at`: a plan that names an entry there is not is read as entry 0.
     __device__ __forceinline__ void entry(const Plan& plan, u32 at, u32& row, float& weight) const {
-        u32 e = __ldg(plan.entries + at);
+        weigh(__ldg(plan.entries + at), row, weight);
+    }
+    __device__ __forceinline__ void weigh(u32 e, u32& row, float& weight) const {
         if (e >= len) e = 0;
         weight = __ldg(weights + e);
         row = divide(e, magic);
     }
 
-    // Sums of at most K entries, which the lanes hold: GROUP pieces of the row at once, each handed to `out`.
+    // Adds `count` entries, which the lanes hold, to columns of a sum, AHEAD of them in flight.
+    template <int VEC, int AHEAD>
+    __device__ __forceinline__ void add_lanes(u32 lane_row, float lane_weight, u32 count, u32 column,
+                                              float (&sum)[VEC]) const {
+#pragma unroll 1
+        for (u32 j = 0; j < count; j += AHEAD) {
+            float w[AHEAD], x[AHEAD][VEC];
+#pragma unroll
+            for (int a = 0; a < AHEAD; a++) {
+                const u32 r = __shfl_sync(FULL, lane_row, j + a);
+                w[a] = __shfl_sync(FULL, lane_weight, j + a);
+                load<VEC>(sources + (u64)r * dim + column, j + a < count, x[a]);
+            }
+#pragma unroll
+            for (int a = 0; a < AHEAD; a++) {
+                if (j + a < count) {
+#pragma unroll
+                    for (int i = 0; i < VEC; i++) sum[i] += w[a] * x[a][i];
+                }
+            }
+        }
+    }
+
+    // The sum of the first K entries, which the lanes hold: GROUP pieces of a warp's span at once, each handed to `out`.
     template <int VEC, int GROUP, int K, class Out>
-    __device__ __forceinline__ void sum_few(u32 lane_row, float lane_weight, u32 count, const Out& out) const {
-        u32 row[K];
+    __device__ __forceinline__ void sum_few(u32 lane_row, float lane_weight, Span span, const Out& out) const {
+        const u32 begin = span.from + threadIdx.x % 32 * VEC;
+        const float* p[K];
         float w[K];
 #pragma unroll
         for (int k = 0; k < K; k++) {
-            row[k] = __shfl_sync(FULL, lane_row, k);
+            p[k] = sources + (u64)__shfl_sync(FULL, lane_row, k) * dim + begin;
             w[k] = __shfl_sync(FULL, lane_weight, k);
         }
-        const u32 stride = blockDim.x * VEC;
-        for (u32 first = threadIdx.x * VEC; first < dim; first += GROUP * stride) {
+#pragma unroll 1
+        for (u32 first = begin; first < span.to; first += GROUP * 32 * VEC) {
             float x[GROUP][K][VEC];
 #pragma unroll
             for (int g = 0; g < GROUP; g++) {
-                const u32 column = first + g * stride;
 #pragma unroll
                 for (int k = 0; k < K; k++) {
-                    if (column < dim && k < count) source<VEC>(row[k], column, x[g][k]);
+                    load<VEC>(p[k] + g * 32 * VEC, first + g * 32 * VEC < span.to, x[g][k]);
                 }
             }
 #pragma unroll
             for (int g = 0; g < GROUP; g++) {
-                const u32 column = first + g * stride;
-                if (column < dim) {
+                if (first + g * 32 * VEC < span.to) {
                     float sum[VEC];
 #pragma unroll
                     for (int i = 0; i < VEC; i++) sum[i] = 0.0f;
 #pragma unroll
                     for (int k = 0; k < K; k++) {
-                        if (k < count) {
 #pragma unroll
-                            for (int i = 0; i < VEC; i++) sum[i] += w[k] * x[g][k][i];
-                        }
+                        for (int i = 0; i < VEC; i++) sum[i] += w[k] * x[g][k][i];
                     }
-                    out(column, sum);
+                    out(first + g * 32 * VEC, sum);
                 }
             }
+#pragma unroll
+            for (int k = 0; k < K; k++) p[k] += GROUP * 32 * VEC;
         }
     }
 
@@ -141,29 +182,15 @@ struct Gradient {
             const u32 row = next_row;
             const float weight = next_weight;
             if (k + 32 + lane < end) entry(plan, k + 32 + lane, next_row, next_weight);
-            const u32 count = min(32u, end - k);
-            for (u32 j = 0; j < count; j += AHEAD) {
-                float w[AHEAD], x[AHEAD][VEC];
-#pragma unroll
-                for (int a = 0; a < AHEAD; a++) {
-                    const u32 r = __shfl_sync(FULL, row, j + a);
-                    w[a] = __shfl_sync(FULL, weight, j + a);
-                    if (j + a < count) source<VEC>(r, column, x[a]);
-                }
-#pragma unroll
-                for (int a = 0; a < AHEAD; a++) {
-                    if (j + a < count) {
-#pragma unroll
-                        for (int i = 0; i < VEC; i++) sum[i] += w[a] * x[a][i];
-                    }
-                }
-            }
+            add_lanes<VEC, AHEAD>(row, weight, min(32u, end - k), column, sum);
         }
     }
 
-    // The sum over the entries of a row of at most CHUNK of them, by the whole block: every column is handed to `out`.
+    // The sum over the entries of row `u` of at most CHUNK of them, by the whole block: every column is handed to `out`.
     template <int VEC, int AHEAD, class Out>
-    __device__ __forceinline__ void sum_row(const Plan& plan, u32 start, u32 end, const Out& out) const {
+    __device__ __forceinline__ void sum_row(const Plan& plan, u32 u, const Out& out) const {
+        u32 start, end;
+        plan.range(u, start, end);
         for (u32 base = 0; base < dim; base += blockDim.x * VEC) {
             const u32 column = base + threadIdx.x * VEC;
             float sum[VEC];
@@ -172,55 +199,69 @@ struct Gradient {
         }
     }
 
-    // The same for a short row, whose first two entries the lanes hold, with as many pieces in flight as registers allow.
+    // The sum over a short row, whose entries the lanes hold: the columns of a warp's span, as many of them in flight as
+    // registers allow. A row of no entries, which is in no plan, is taken for one of the first.
     template <int VEC, class Out>
-    __device__ __forceinline__ void sum_short(const Plan& plan, u32 start, u32 end, u32 row, float weight,
-                                              const Out& out) const {
-        if (end - start > 2) sum_row<VEC, 3>(plan, start, end, out);
-        else if (end - start == 2) sum_few<VEC, 1, 2>(row, weight, 2, out);
-        else sum_few<VEC, 2, 1>(row, weight, end - start, out);
+    __device__ __forceinline__ void sum_short(u32 len, u32 row, float weight, Span span, const Out& out) const {
+        if (len <= 1) return sum_few<VEC, 4, 1>(row, weight, span, out);
+        if (len == 2) return sum_few<VEC, 2, 2>(row, weight, span, out);
+#pragma unroll 1
+        for (u32 base = span.from; base < span.to; base += 32 * VEC) {
+            const u32 column = base + threadIdx.x % 32 * VEC;
+            float sum[VEC];
+#pragma unroll
+            for (int i = 0; i < VEC; i++) sum[i] = 0.0f;
+            add_lanes<VEC, 3>(row, weight, len, column < span.to ? column : 0, sum);
+            if (column < span.to) out(column, sum);
+        }
     }
 };
 
-// A block's way through the rows of a plan: one row in hand, the entries of the next asked for, the place of the one behind.
+// A block's way through the rows of a plan. Each of the reads that a row needs waits for the one before it, so they are made
+// rounds ahead: the row's place in the plan three, its entries two, their weights one. Lanes hold an entry each.
 struct Walk {
-    u32 u, start, end, row;
+    // The row in hand: its place in the plan, how many entries it has, and of the lane's entry source and weight.
+    u32 u, len, row;
     float weight;
-    u32 next_start, next_end, next_row;
+    u32 next_len, next_entry, next_row;
     float next_weight;
+    u32 third_start, third_end, third_entry;
     u32 last_start, last_end;
 
     __device__ __forceinline__ void range(const Plan& plan, u32 unique, u32 at, u32& from, u32& to) const {
         from = to = 0;
-        if (at < unique && at >= blockIdx.x) plan.range(at, from, to);
+        if (at < unique) plan.range(at, from, to);
     }
-    __device__ __forceinline__ void entry(const Plan& plan, const Gradient& gradient, u32 from, u32 to, u32& row,
-                                          float& weight) const {
-        const u32 lane = threadIdx.x % 32;
-        row = 0, weight = 0.0f;
-        if (lane < 2 && from + lane < to) gradient.entry(plan, from + lane, row, weight);
+    __device__ __forceinline__ u32 entry(const Plan& plan, u32 from, u32 to) const {
+        const u32 at = from + threadIdx.x % 32;
+        return at < to ? __ldg(plan.entries + at) : 0u;
+    }
+    __device__ __forceinline__ void weigh(const Gradient& gradient, u32 e, u32 count, u32& source, float& factor) const {
+        source = 0, factor = 0.0f;
+        if (threadIdx.x % 32 < count) gradient.weigh(e, source, factor);
     }
     __device__ __forceinline__ void begin(const Plan& plan, const Gradient& gradient, u32 unique) {
         u = blockIdx.x;
+        u32 start, end;
         range(plan, unique, u, start, end);
-        range(plan, unique, u + gridDim.x, next_start, next_end);
-        entry(plan, gradient, start, end, row, weight);
+        len = end - start;
+        weigh(gradient, entry(plan, start, end), len, row, weight);
+        range(plan, unique, u + gridDim.x, start, end);
+        next_len = end - start;
+        next_entry = entry(plan, start, end);
+        range(plan, unique, u + 2 * gridDim.x, third_start, third_end);
     }
     // Asks for what the next rows need. Comes before the work on this row.
     __device__ __forceinline__ void look_ahead(const Plan& plan, const Gradient& gradient, u32 unique) {
-        entry(plan, gradient, next_start, next_end, next_row, next_weight);
-        range(plan, unique, u + 2 * gridDim.x, last_start, last_end);
+        weigh(gradient, next_entry, next_len, next_row, next_weight);
+        third_entry = entry(plan, third_start, third_end);
+        range(plan, unique, u + 3 * gridDim.x, last_start, last_end);
     }
     // To the next row. Comes behind the work on this one.
     __device__ __forceinline__ void advance() {
         u += gridDim.x;
-        start = next_start, end = next_end, row = next_row, weight = next_weight;
-        next_start = last_start, next_end = last_end;
+        len = next_len, row = next_row, weight = next_weight;
+        next_len = third_end - third_start, next_entry = third_entry;
+        third_start = last_start, third_end = last_end;
     }
 };
-
-// Asks for `bytes` from `p` on to come nearer: lines of 128 bytes, one for each thread in turn.
-__device__ __forceinline__ void fetch_ahead(const void* p, u32 bytes) {
-    for (u32 at = threadIdx.x * 128; at < bytes; at += blockDim.x * 128)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"((const u8*)p + at));
-}

@@ -71,6 +71,14 @@ impl Variant {
     pub(crate) const fn rule(self, rule: u32) -> Self {
         Self { rule, ..self }
     }
+    /// Bytes of a code of its format.
+    pub(crate) const fn code_bytes(self) -> usize {
+        match self.format {
+            0 => 4,
+            1 | 2 => 2,
+            _ => 1,
+        }
+    }
 }
 
 /// The number of a format in `common.cuh`, if rows of it can be read: its codes must be what the kernels take them for.
@@ -91,6 +99,14 @@ pub(crate) fn format<E: Element>(op: &'static str) -> Result<u32, CudaError> {
         return Err(CudaError::Unsupported { op, what: "the layout of the rows" });
     }
     Ok(number)
+}
+
+/// The number of a format that rows are trained in.
+pub(crate) fn trained_format<E: Element>(op: &'static str) -> Result<u32, CudaError> {
+    match E::FORMAT {
+        Format::F32 | Format::Bf16 => format::<E>(op),
+        _ => Err(CudaError::Unsupported { op, what: "training in rows other than f32 and bf16" }),
+    }
 }
 
 /// The values of a group of a format that keeps a scale among its codes.

@@ -55,6 +55,8 @@ pub(crate) struct Properties {
     pub(crate) multiprocessors: u32,
     /// Bytes of shared memory a block may ask for.
     pub(crate) shared: usize,
+    /// Bytes of the second-level cache.
+    pub(crate) cache: usize,
 }
 
 impl Stream {
@@ -101,6 +103,7 @@ impl Stream {
             ),
             multiprocessors: positive(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1),
             shared: positive(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
+            cache: positive(A::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
         })
     }
 

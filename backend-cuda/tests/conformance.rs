@@ -141,6 +141,60 @@ fn on_reference<O: RowRule>(rule: &O, step: &Step, case: &Case, table: &[Bf16], 
     table
 }
 
+/// The gradients of touched rows in rows of `E`, beside the reference's.
+fn check_sums<E: Trainable>(cuda: &Cuda, case: &Case, ids: &[u32]) {
+    type R = Reference<f32>;
+    let (entries, dim, reference) = (ids.len(), case.dim, R::new());
+    let mut buffer = vec![0u32; PlanBuffers::<R>::ids_len(entries)];
+    let (mut plan, _) = PlanBuffers::<R>::carve(&mut buffer, entries).expect("a plan");
+    let mut scratch = Memory::new(&reference, reference.plan_scratch(entries));
+    reference.plan(ids, case.rows, plan.reborrow(), scratch.lend()).expect("a plan");
+    let unique = plan.plan().unique[0] as usize;
+    let mut sums = vec![0f32; unique * dim];
+    let gradient = RowGradient { bag: case.bag, dim, weights: &case.weights[..], sources: &case.sources[..] };
+    reference.reduce(plan.plan(), gradient, &mut sums).expect("sums");
+    let expected: Vec<E> = sums.into_iter().map(|sum| E::store(sum, None)).collect();
+
+    let there = cuda.upload(ids).expect("ids");
+    let mut buffer = cuda.zeros::<u32>(PlanBuffers::<Cuda>::ids_len(entries)).expect("a plan");
+    let (mut plan, _) = PlanBuffers::<Cuda>::carve(buffer.view_mut(), entries).expect("a plan");
+    let mut scratch = Memory::new(cuda, cuda.plan_scratch(entries));
+    cuda.plan(there.view(), case.rows, plan.reborrow(), scratch.lend()).expect("a plan");
+    let (weights, sources) =
+        (cuda.upload(&case.weights).expect("weights"), cuda.upload(&case.sources).expect("sources"));
+    let mut found = cuda.zeros::<E>(unique * dim).expect("sums");
+    let gradient = RowGradient { bag: case.bag, dim, weights: weights.view(), sources: sources.view() };
+    cuda.reduce_as(plan.plan(), gradient, found.view_mut()).expect("sums");
+    cuda.synchronize().expect("sums");
+    let found: Vec<E> = TestDevice::download(cuda, &found);
+    for (at, pair) in expected.iter().zip(&found).enumerate() {
+        let [expected, found] = [pair.0, pair.1].map(|code| E::value::<f32>(core::slice::from_ref(code), 0));
+        let same = expected.to_bits() == found.to_bits() || expected.is_nan() && found.is_nan();
+        assert!(same, "value {at} in rows of {dim}, {}: {expected}, not {found}", E::FORMAT.name());
+    }
+}
+
+#[test]
+fn sums_are_the_references_rounded_once_and_slice_by_slice() {
+    let Some(cuda) = cuda() else { return skipped("cuda") };
+    // The last are more sources than a second-level cache holds: they are summed a slice of columns at a time.
+    for (seed, dim, tokens) in
+        [(1, 1, 300), (2, 17, 600), (3, 100, 600), (4, 1024, 900), (5, 1100, 12_000), (6, 257, 30_000)]
+    {
+        let mut random = Random::new(seed);
+        let (rows, bag) = (tokens, 2);
+        let mut case = Case::new(&mut random, rows, dim, bag, tokens * bag);
+        // NaN and infinity stay what they are.
+        case.weights[7] = f32::NAN;
+        case.weights[9] = f32::INFINITY;
+        // Rows of all three lengths.
+        let ids = random.ids(tokens * bag, rows).into_iter();
+        let ids: Vec<u32> = ids.map(|id| [5, id % 50, id, id][id as usize % 4]).collect();
+        check_sums::<f32>(&cuda, &case, &ids);
+        check_sums::<Bf16>(&cuda, &case, &ids);
+    }
+}
+
 /// Sums and dots of rows of 4-bit integers, `skip` bytes into a buffer, beside the reference's.
 fn packed_rows<const G: usize>(cuda: &Cuda, dim: usize, skip: usize, seed: u64) {
     const ROWS: usize = 50;

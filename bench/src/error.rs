@@ -40,6 +40,10 @@ pub(crate) enum BenchError {
     #[cfg(feature = "lm")]
     #[error(transparent)]
     Lm(#[from] memlayer_lm::LmError),
+    /// candle, as a peer.
+    #[cfg(feature = "candle")]
+    #[error("candle: {0}")]
+    Candle(#[from] candle_core::Error),
     /// A plot could not be drawn.
     #[error("plot: {0}")]
     Plot(String),

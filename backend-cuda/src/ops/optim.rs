@@ -8,11 +8,11 @@ use memlayer_core::ops::plan::{CHUNK, RowGradient, RowPlan};
 use memlayer_core::random::mix;
 use memlayer_core::{Scratch, ScratchReq, Table, Trainable};
 
-use super::plan::{Destination, GradientArg, Lists, LongRows, PlanArg, SHORT, pieces, row_block, short_block};
+use super::plan::{Destination, GradientArg, Lists, LongRows, PlanArg, SHORT, VARIANT, pieces, row_block, short_block};
 use super::{aligned, number_of, size};
 use crate::Cuda;
 use crate::error::CudaError;
-use crate::kernels::{File, Variant, format};
+use crate::kernels::{File, Variant, trained_format};
 use crate::launch::{Args, Shape};
 use crate::memory::{TrainRows, View, ViewMut};
 
@@ -121,10 +121,7 @@ impl Cuda {
         plan: &RowPlan<'_, Self>,
     ) -> Result<Update, CudaError> {
         check_state(op, rule, table.dim, table.state_len)?;
-        let format = format::<E>(op)?;
-        if format != 0 && format != 2 {
-            return Err(CudaError::Unsupported { op, what: "training in rows other than f32 and bf16" });
-        }
+        let format = trained_format::<E>(op)?;
         let mut factors = rule.device_factors(step);
         #[allow(clippy::cast_possible_truncation, reason = "as core's own: rounded to the scalar")]
         {
@@ -268,7 +265,14 @@ impl Cuda {
         let to = Destination::new(slots.pointer(), SLOTS, false);
         for first in (0..most).step_by(SLOTS) {
             let count = SLOTS.min(most - first);
-            self.reduce_long(op, update.plan, gradient, lists, to, LongRows { first, count, slots: true })?;
+            self.reduce_long(
+                op,
+                update.plan,
+                gradient,
+                lists,
+                to,
+                LongRows { variant: VARIANT, first, count, slots: true },
+            )?;
             let mut args = update
                 .args()
                 .value(lists)

@@ -2,13 +2,13 @@
 
 use memlayer_core::ops::RowReduce;
 use memlayer_core::ops::plan::{CHUNK, PlanBuffers, RowGradient, RowPlan};
-use memlayer_core::{ArgError, Scratch, ScratchReq};
+use memlayer_core::{ArgError, Scratch, ScratchReq, Trainable};
 
 use super::bag::check_rows;
 use super::{aligned, magic, number_of, size};
 use crate::Cuda;
 use crate::error::CudaError;
-use crate::kernels::{File, Variant};
+use crate::kernels::{File, Variant, trained_format};
 use crate::launch::{Args, Shape};
 use crate::memory::{View, ViewMut};
 
@@ -19,7 +19,7 @@ const TILE: usize = 2048;
 const DIGIT_BITS: u32 = 8;
 /// Blocks that sum squares.
 const SUM_BLOCKS: u32 = 1024;
-const VARIANT: Variant = Variant::of(File::Plan);
+pub(crate) const VARIANT: Variant = Variant::of(File::Plan);
 
 /// Entries of a plan, at most: kernels look a few rounds of rows ahead in 32 bits.
 const MOST_ENTRIES: usize = 1 << 31;
@@ -79,6 +79,12 @@ impl GradientArg {
             dim: size(op, "width of the gradient", gradient.dim)?,
             len: size(op, "entries", gradient.weights.len())?,
         })
+    }
+    /// How many sources there are.
+    fn sources_len(&self) -> usize {
+        let len = u128::from(self.len);
+        #[allow(clippy::cast_possible_truncation, reason = "no more than entries")]
+        if self.magic == 0 { len as usize } else { ((len * u128::from(self.magic)) >> 64) as usize }
     }
     /// Whether four columns may be read at once.
     pub(crate) const fn is_wide(&self) -> bool {
@@ -140,6 +146,14 @@ pub(crate) fn short_block(pieces: usize) -> u32 {
     u32::try_from(pieces.div_ceil(8).next_multiple_of(32).clamp(32, 256)).unwrap_or(256)
 }
 
+/// Columns of rows of `dim` that are summed at a time, so that those of `sources` stay in a cache of so many bytes, which
+/// sums written in codes of `bytes` pass through too.
+fn slice(sources: usize, dim: usize, bytes: usize, cache: usize) -> usize {
+    let fits = cache / (3 * bytes) / size_of::<f32>() / sources.max(1);
+    // No warp is left with less than a piece for each lane.
+    (fits / 128 * 128).max(128).min(dim)
+}
+
 impl Cuda {
     /// Empty lists.
     pub(crate) fn lists(&self) -> Result<Lists, CudaError> {
@@ -148,10 +162,40 @@ impl Cuda {
         Ok(Lists::at(pointer))
     }
 
+    /// [`RowReduce::reduce`] to rows of `E`: the same sums, each rounded once, to nearest, as [`Trainable::store`] does without
+    /// noise. Rows of bf16 are half of what is written.
+    ///
+    /// # Errors
+    /// [`ArgError`] if a size does not fit; rows other than f32 and bf16 are not supported.
+    pub fn reduce_as<E: Trainable>(
+        &self,
+        plan: RowPlan<'_, Self>,
+        gradient: RowGradient<'_, Self>,
+        out: ViewMut<'_, E>,
+    ) -> Result<(), CudaError> {
+        const OP: &str = "reduce";
+        gradient.check(OP, &plan)?;
+        let variant = VARIANT.format(trained_format::<E>(OP)?);
+        let limit = out.len().checked_div(gradient.dim).unwrap_or(0);
+        let to = Destination::new(out.pointer(), limit, false);
+        self.reduce_rows(OP, variant, PlanArg::new(OP, &plan)?, GradientArg::new(OP, &gradient)?, to)
+    }
+
     /// The sums over the entries of every row.
     pub(crate) fn reduce_to(
         &self,
         op: &'static str,
+        plan: PlanArg,
+        gradient: GradientArg,
+        to: Destination,
+    ) -> Result<(), CudaError> {
+        self.reduce_rows(op, VARIANT, plan, gradient, to)
+    }
+
+    fn reduce_rows(
+        &self,
+        op: &'static str,
+        variant: Variant,
         plan: PlanArg,
         gradient: GradientArg,
         to: Destination,
@@ -166,11 +210,15 @@ impl Cuda {
             let args = Args::new().value(plan).value(gradient).value(lists).value(to);
             args.value(self.flag.view().pointer()).value(number_of(op))
         };
-        let kernel = self.kernels.get(VARIANT, if wide { "reduce_short_4" } else { "reduce_short_1" })?;
-        let block = short_block(pieces(dim, wide));
-        self.stream.launch(&kernel, Shape::new(self.row_blocks(entries, block), block), &mut args())?;
+        let kernel = self.kernels.get(variant, if wide { "reduce_short_4" } else { "reduce_short_1" })?;
+        let slice = slice(gradient.sources_len(), dim, variant.code_bytes(), self.properties.cache);
+        let shape = Shape::new(self.row_blocks(entries, 32), 32).by(dim.div_ceil(slice));
+        let mut sliced = Args::new().value(plan).value(gradient).value(lists).value(to);
+        sliced = sliced.value(size(op, "width of the gradient", slice)?);
+        sliced = sliced.value(self.flag.view().pointer()).value(number_of(op));
+        self.stream.launch(&kernel, shape, &mut sliced)?;
         if entries > SHORT {
-            let kernel = self.kernels.get(VARIANT, if wide { "reduce_middle_4" } else { "reduce_middle_1" })?;
+            let kernel = self.kernels.get(variant, if wide { "reduce_middle_4" } else { "reduce_middle_1" })?;
             let block = row_block(pieces(dim, wide));
             let rows = entries.div_ceil(SHORT);
             self.stream.launch(&kernel, Shape::new(self.row_blocks(rows, block), block), &mut args())?;
@@ -182,7 +230,7 @@ impl Cuda {
                 gradient,
                 lists,
                 to,
-                LongRows { first: 0, count: entries / CHUNK, slots: false },
+                LongRows { variant, first: 0, count: entries / CHUNK, slots: false },
             )?;
         }
         Ok(())
@@ -200,7 +248,7 @@ impl Cuda {
     ) -> Result<(), CudaError> {
         let dim = gradient.dim as usize;
         let wide = gradient.is_wide() && aligned(to.pointer, dim);
-        let kernel = self.kernels.get(VARIANT, if wide { "reduce_long_4" } else { "reduce_long_1" })?;
+        let kernel = self.kernels.get(rows.variant, if wide { "reduce_long_4" } else { "reduce_long_1" })?;
         let mut args = Args::new()
             .value(plan)
             .value(gradient)
@@ -223,6 +271,8 @@ impl Cuda {
 /// Rows of more than [`CHUNK`] entries, by their places on the list.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LongRows {
+    /// What the sums are written as.
+    pub(crate) variant: Variant,
     pub(crate) first: usize,
     pub(crate) count: usize,
     /// Whether gradients go to the places counted from `first`.
@@ -332,11 +382,7 @@ impl RowReduce for Cuda {
         gradient: RowGradient<'_, Self>,
         out: ViewMut<'_, f32>,
     ) -> Result<(), CudaError> {
-        const OP: &str = "reduce";
-        gradient.check(OP, &plan)?;
-        let limit = out.len().checked_div(gradient.dim).unwrap_or(0);
-        let to = Destination::new(out.pointer(), limit, false);
-        self.reduce_to(OP, PlanArg::new(OP, &plan)?, GradientArg::new(OP, &gradient)?, to)
+        self.reduce_as(plan, gradient, out)
     }
 
     fn square_sum_scratch(&self, _entries: usize) -> ScratchReq {
@@ -377,6 +423,16 @@ impl RowReduce for Cuda {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn slices_fit_into_the_cache() {
+        assert_eq!(slice(4096, 4096, 4, 50 << 20), 256);
+        assert_eq!(slice(4096, 4096, 2, 50 << 20), 512);
+        assert_eq!(slice(4096, 256, 4, 50 << 20), 256);
+        assert_eq!(slice(1 << 20, 1000, 4, 50 << 20), 128);
+        assert_eq!(slice(1, 17, 4, 0), 17);
+        assert_eq!(slice(0, 1 << 16, 4, 50 << 20), 1 << 16);
+    }
 
     #[test]
     fn passes_cover_every_id() {

@@ -5,6 +5,8 @@
 
 mod bags;
 mod cached;
+#[cfg(feature = "candle")]
+mod candle;
 mod device;
 mod layer;
 mod select;
@@ -36,7 +38,8 @@ pub(crate) struct Options {
     /// A Python with PyTorch and Triton; without them ours alone is measured.
     #[arg(long, value_name = "PROGRAM", default_value = "python3")]
     python: PathBuf,
-    /// Only operations whose name contains this: bag_sum, bag_dot, sparse, step, step cached, select, decode, layer decode.
+    /// Only operations whose name contains this: bag_sum, bag_dot, sparse (gradients of rows), step, step cached, select, decode,
+    /// layer decode.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
     /// Fewer widths and repetitions.
@@ -86,7 +89,9 @@ impl Other {
     /// Whether it is what a case of ours would take its place: of the same operation and sizes. A format the peer has none of
     /// is compared with the nearest it has, which is named in `by`.
     fn is_of(&self, case: &Case) -> bool {
-        (&*self.op, &*self.format, &*self.ids) == (case.op, case.format, case.ids)
+        // The peers' gradients of rows are bf16; ours are f32 unless it says so.
+        let op = case.op.strip_suffix(" to bf16").unwrap_or(case.op);
+        (&*self.op, &*self.format, &*self.ids) == (op, case.format, case.ids)
             && (self.tokens, self.width, self.slots) == (case.tokens, case.width, case.slots)
     }
 }
@@ -125,6 +130,9 @@ pub(crate) fn run(options: &Options) -> Result<(), BenchError> {
     bench.layers()?;
     bench.cuda.synchronize()?;
     let command = std::env::args().collect::<Vec<_>>().join(" ");
+    // candle is of this process: it comes behind ours, so that the device is as others left it.
+    #[cfg(feature = "candle")]
+    let peers = [peers, candle::others(options)?].concat();
     let report = Report { device: name, command, rows: bench.into_rows(), peers };
     let table = table(&report);
     println!("{table}");

@@ -112,6 +112,22 @@ impl Bench<'_> {
                 cuda.reduce(plan.plan(), gradient, grads.view_mut())
             })?;
             self.report(Case { op: "forward+backward", ..row }, sum + dot + bytes, ms);
+            // Gradients of rows in bf16, as the peers write theirs.
+            let mut grads = cuda.zeros::<Bf16>(entries * width)?;
+            let bytes = bytes - unique * v * 2.0;
+            let ms = self.time(|_| {
+                let gradient = RowGradient { bag: BAG, dim: width, weights: weights.view(), sources: dout.view() };
+                cuda.reduce_as(plan.plan(), gradient, grads.view_mut())
+            })?;
+            self.report(Case { op: "reduce to bf16", ..row }, bytes, ms);
+            let ms = self.time(|set| {
+                sum!(set);
+                dot!(set);
+                plan!(set);
+                let gradient = RowGradient { bag: BAG, dim: width, weights: weights.view(), sources: dout.view() };
+                cuda.reduce_as(plan.plan(), gradient, grads.view_mut())
+            })?;
+            self.report(Case { op: "forward+backward to bf16", ..row }, sum + dot + bytes, ms);
         }
         if self.wants("step") {
             let ms = self.time(|set| {
