@@ -41,9 +41,9 @@ pub(crate) enum BenchError {
     #[error(transparent)]
     Lm(#[from] memlayer_lm::LmError),
     /// candle, as a peer.
-    #[cfg(feature = "candle")]
+    #[cfg(any(feature = "lm", feature = "candle"))]
     #[error("candle: {0}")]
-    Candle(#[from] candle_core::Error),
+    Candle(#[from] candle_cpu::Error),
     /// A plot could not be drawn.
     #[error("plot: {0}")]
     Plot(String),

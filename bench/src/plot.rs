@@ -33,7 +33,7 @@ pub(crate) fn write(folder: &Path, machine: &str, rows: &[Row]) -> Result<(), Be
     let json = serde_json::to_string(&Report { rows }).map_err(|e| BenchError::Plot(e.to_string()))?;
     std::fs::write(folder.join("cpu.json"), json + "\n").map_err(io)?;
     let most = rows.iter().map(|row| row.case.threads).max().unwrap_or(1);
-    let base = |row: &&Row| row.case.threads == most && !row.case.zipf;
+    let base = |row: &&Row| row.case.threads == most && !row.case.zipf && row.case.peer != "candle";
     let select = |format: &'static str| move |row: &&Row| row.case.op == "select" && row.case.format == format;
     let at = |row: &Row, us: f64| (row.case.slots as f64, us);
     let mut curves = Vec::new();

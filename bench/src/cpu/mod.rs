@@ -1,5 +1,7 @@
 //! The cases of the CPU, and what they are measured against.
 
+#[cfg(feature = "lm")]
+mod candle;
 mod inputs;
 mod layer;
 #[cfg(feature = "lm")]
@@ -70,7 +72,8 @@ impl Case {
     }
 
     fn name(&self) -> String {
-        format!("{} {} v{} t{} 2^{} x{}", self.op, self.format, self.v, self.t, self.slots.ilog2(), self.threads)
+        let Self { op, format, v, t, slots, threads, peer, .. } = self;
+        format!("{op} {format} v{v} t{t} 2^{} x{threads} {peer}", slots.ilog2())
     }
 
     /// L.
@@ -163,6 +166,14 @@ fn cases(options: &Options) -> Vec<Case> {
     for (format, v) in [("adam", 64), ("adam", 256), ("adagrad", 64), ("adagrad", 256), ("adagrad", 1024)] {
         threads.iter().for_each(|&n| add(Case::new("grown step", format, (v, 256, 1 << 22), n)));
     }
+    // candle's operations take all cores.
+    #[cfg(feature = "lm")]
+    for t in [16, 256] {
+        let all = std::thread::available_parallelism().map_or(1, core::num::NonZero::get);
+        for op in ["linear", "bag_sum", "select"] {
+            add(Case { peer: "candle", ..Case::new(op, "f32", (256, t, 1 << 20), all) });
+        }
+    }
     #[cfg(feature = "lm")]
     threads.iter().for_each(|&n| add(Case::new("lm step", "f32", (32, 256, 1 << 14), n)));
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a size somebody typed")]
@@ -226,6 +237,11 @@ fn measure(
     #[cfg(feature = "lm")]
     if case.op == "lm step" {
         keep(&mut row, lm::steps(4.0 * seconds, cpu)?);
+        return Ok(row);
+    }
+    #[cfg(feature = "lm")]
+    if case.peer == "candle" {
+        keep(&mut row, candle::measure(case, seconds, cpu, tables)?);
         return Ok(row);
     }
     if matches!(case.op, "rows step" | "grown step") {
