@@ -274,6 +274,14 @@ __device__ __forceinline__ void change_row(const Rows& table, const Step& step, 
 #endif
 }
 
+// Comes before a gradient that is handed out by columns of the whole block: of the row before, warps may still be reading
+// their spans.
+__device__ __forceinline__ void settle() {
+#if ROWWISE
+    __syncthreads();
+#endif
+}
+
 // Whether the flag is up: the same answer for the whole block, which the barriers behind it need.
 __device__ __forceinline__ bool stopped(const u32* flag) { return __syncthreads_or(threadIdx.x == 0 && flagged(flag)); }
 
@@ -308,6 +316,7 @@ __device__ __forceinline__ void update(const Rows& table, const Step& step, cons
             continue;
         }
         change_row<VEC>(table, step, id, shared, [&](const auto& out) {
+            settle();
             read_gradient<VEC>(grads + (u64)u * table.dim, table.dim, out);
         });
     }
@@ -329,7 +338,7 @@ __device__ __forceinline__ void update_short(const Rows& table, const Step& step
         const u32 next = at.u + gridDim.x, next_id = next < unique ? __ldg(plan.rows + next) : 0u;
         if (!no_row(id, table, flag, op) && !lists.take(at.u, at.len, &share)) {
             change_row<VEC>(table, step, id, shared, [&](const auto& out) {
-                if (at.len > SHORT) gradient.sum_row<VEC, 1>(plan, at.u, out);
+                if (at.len > SHORT) settle(), gradient.sum_row<VEC, 1>(plan, at.u, out);
                 else gradient.sum_short<VEC>(at.len, at.row, at.weight, span, out);
             });
         }
@@ -346,6 +355,7 @@ __device__ __forceinline__ void update_middle(const Rows& table, const Step& ste
     for (u32 i = blockIdx.x; i < lists.middles(); i += gridDim.x) {
         const u32 u = __ldg(lists.middle + i);
         change_row<VEC>(table, step, __ldg(plan.rows + u), shared, [&](const auto& out) {
+            settle();
             gradient.sum_row<VEC, 8>(plan, u, out);
         });
     }
@@ -364,7 +374,7 @@ __device__ __forceinline__ void update_long(const Rows& table, const Step& step,
 }
 
 #define UPDATES(VEC)                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(512) update_##VEC(Rows table, Step step, Plan plan,                  \
+    extern "C" __global__ void __launch_bounds__(512, 1) update_##VEC(Rows table, Step step, Plan plan,               \
                                                                    const float* grads, u64 limit, u32* flag, u32 op) {\
         extern __shared__ __align__(16) float shared[];                                                               \
         update<VEC>(table, step, plan, grads, limit, shared, flag, op);                                               \
@@ -374,12 +384,12 @@ __device__ __forceinline__ void update_long(const Rows& table, const Step& step,
         extern __shared__ __align__(16) float shared[];                                                               \
         update_short<VEC>(table, step, plan, gradient, lists, shared, flag, op);                                      \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(512) update_middle_##VEC(                                            \
+    extern "C" __global__ void __launch_bounds__(512, 1) update_middle_##VEC(                                         \
         Rows table, Step step, Plan plan, Gradient gradient, Lists lists, u32* flag, u32 op) {                        \
         extern __shared__ __align__(16) float shared[];                                                               \
         update_middle<VEC>(table, step, plan, gradient, lists, shared, flag, op);                                     \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(512) update_long_##VEC(                                              \
+    extern "C" __global__ void __launch_bounds__(512, 1) update_long_##VEC(                                           \
         Rows table, Step step, Plan plan, Lists lists, const float* slots, u32 first, u32* flag) {                    \
         extern __shared__ __align__(16) float shared[];                                                               \
         update_long<VEC>(table, step, plan, lists, slots, first, shared, flag);                                       \

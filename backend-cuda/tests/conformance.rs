@@ -124,6 +124,26 @@ fn bf16_rows_have_the_references_bits_rounded_either_way() {
     }
 }
 
+/// A block of several warps takes one row after the other, each of them with shared memory for its gradient.
+#[test]
+fn wide_rows_do_not_disturb_each_other() {
+    let Some(cuda) = cuda() else { return skipped("cuda") };
+    let (rule, the_step) = (RowwiseAdagrad { eps: 1e-8 }, Step::new(0.1, 1));
+    // Rows of middle length, more than the device takes at once; short rows of more than one warp.
+    for (seed, dim, rows, each) in [(1, 512, 2500, 34), (2, 2048, 5000, 1)] {
+        let mut random = Random::new(seed);
+        let case = Case::new(&mut random, rows, dim, each, rows * each);
+        let ids: Vec<u32> = (0..rows * each).map(|e| u32::try_from(e % rows).expect("a row")).collect();
+        let table: Vec<Bf16> = random.reals::<f32>(rows * dim).into_iter().map(Bf16::from_f32).collect();
+        let expected = on_reference(&rule, &the_step, &case, &table, &ids);
+        for _ in 0..3 {
+            let found = step(&cuda, &rule, &the_step, &case, &table, &ids);
+            cuda.synchronize().expect("an update");
+            assert!(expected == found, "{rows} rows of {dim}");
+        }
+    }
+}
+
 /// The same on the reference.
 fn on_reference<O: RowRule>(rule: &O, step: &Step, case: &Case, table: &[Bf16], ids: &[u32]) -> Vec<Bf16> {
     type R = Reference<f32>;
