@@ -33,33 +33,91 @@ impl Cpu {
         }
         check_ids("read_rows", ids, table.len() / row_bytes)?;
         let sum = AtomicU64::new(0);
-        let block = |id: u32, col: usize| {
-            let row = &table[id as usize * row_bytes..][..row_bytes];
-            &row[col..row_bytes.min(col + BLOCK)]
-        };
         let piece = piece(ids.len(), ROW_COST).next_multiple_of(GROUP);
-        self.pool.for_each(ids.len() * ROW_COST, ids.chunks(piece).enumerate(), |(i, mine)| {
-            let part = dispatch!(self.token, s => {
-                let mut sum = 0u64;
-                for (g, group) in mine.chunks(GROUP).enumerate() {
-                    // What comes behind the group in this order is its next block, or the next group.
-                    let behind = ids.get(i * piece + (g + 1) * GROUP..).unwrap_or(&[]);
-                    for col in (0..row_bytes).step_by(BLOCK) {
-                        let last = col + BLOCK >= row_bytes;
-                        let (rest, at) = if last { (behind, 0) } else { (group, col + BLOCK) };
-                        for (l, &id) in group.iter().enumerate() {
-                            let next = group.get(l + ahead).map(|&id| block(id, col));
-                            let next = next.or_else(|| Some(block(*rest.get(l + ahead - group.len())?, at)));
-                            s.prefetch_all(next.unwrap_or(&[]));
-                            touch(&mut sum, block(id, col));
-                        }
-                    }
-                }
-                sum
+        self.pool.for_each(ids.len() * ROW_COST, (0..ids.len()).step_by(piece), |start| {
+            let part = Part { table, ids, range: start..(start + piece).min(ids.len()), ahead };
+            let part = dispatch!(self.token, s => match row_bytes {
+                64 => part.read(s, Whole::<64>),
+                128 => part.read(s, Whole::<128>),
+                256 => part.read(s, Whole::<256>),
+                512 => part.read(s, Whole::<512>),
+                1024 => part.read(s, Whole::<1024>),
+                2048 => part.read(s, Whole::<2048>),
+                4096 => part.read(s, Whole::<4096>),
+                _ => part.read(s, Any(row_bytes)),
             });
             sum.fetch_add(part, Ordering::Relaxed);
         });
         Ok(sum.into_inner())
+    }
+}
+
+/// How long rows are: a limit must not wait for its own arithmetic, so that for usual lengths the compiler knows it.
+trait Rows {
+    fn bytes(&self) -> usize;
+    /// The block of a row from byte `col` on.
+    fn block<'a>(&self, table: &'a [u8], id: u32, col: usize) -> &'a [u8];
+}
+
+struct Whole<const BYTES: usize>;
+
+impl<const BYTES: usize> Rows for Whole<BYTES> {
+    #[inline(always)]
+    fn bytes(&self) -> usize {
+        BYTES
+    }
+    #[inline(always)]
+    fn block<'a>(&self, table: &'a [u8], id: u32, col: usize) -> &'a [u8] {
+        &table.as_chunks::<BYTES>().0[id as usize][col..col + BYTES.min(BLOCK)]
+    }
+}
+
+struct Any(usize);
+
+impl Rows for Any {
+    #[inline(always)]
+    fn bytes(&self) -> usize {
+        self.0
+    }
+    #[inline(always)]
+    fn block<'a>(&self, table: &'a [u8], id: u32, col: usize) -> &'a [u8] {
+        &table[id as usize * self.0..][..self.0][col..self.0.min(col + BLOCK)]
+    }
+}
+
+/// The rows of one piece of work.
+struct Part<'a> {
+    table: &'a [u8],
+    ids: &'a [u32],
+    range: core::ops::Range<usize>,
+    ahead: usize,
+}
+
+impl Part<'_> {
+    #[inline(always)]
+    fn read<S: Simd>(&self, s: S, rows: impl Rows) -> u64 {
+        let (ahead, mut sum) = (self.ahead, 0u64);
+        for start in self.range.clone().step_by(GROUP) {
+            let group = &self.ids[start..self.range.end.min(start + GROUP)];
+            // What comes behind the group in this order is its next block, or the next group.
+            let behind = &self.ids[start + group.len()..];
+            for col in (0..rows.bytes()).step_by(BLOCK) {
+                let last = col + BLOCK >= rows.bytes();
+                let (rest, at) = if last { (behind, 0) } else { (group, col + BLOCK) };
+                let inside = group.len().saturating_sub(ahead);
+                for (&id, &next) in group[..inside].iter().zip(&group[group.len() - inside..]) {
+                    s.prefetch_all(rows.block(self.table, next, col));
+                    touch(&mut sum, rows.block(self.table, id, col));
+                }
+                for (l, &id) in group.iter().enumerate().skip(inside) {
+                    if let Some(&next) = rest.get(l + ahead - group.len()) {
+                        s.prefetch_all(rows.block(self.table, next, at));
+                    }
+                    touch(&mut sum, rows.block(self.table, id, col));
+                }
+            }
+        }
+        sum
     }
 }
 
@@ -69,5 +127,34 @@ fn touch(sum: &mut u64, bytes: &[u8]) {
     for line in bytes.chunks(64) {
         let word = line.first_chunk().map_or(0, |word| u64::from_le_bytes(*word));
         *sum = sum.wrapping_add(word);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_line_of_every_row_is_read() {
+        let table: Vec<u8> = (0..1 << 16).map(|i: u32| (i.wrapping_mul(0x9e37_79b1) >> 24) as u8).collect();
+        for threads in [1, 3] {
+            let cpu = Cpu::builder().threads(threads).build().expect("a backend");
+            for row_bytes in [4, 36, 64, 100, 144, 256, 512, 1000, 1024, 4096] {
+                let rows = table.len() / row_bytes;
+                let ids: Vec<u32> =
+                    (0..2000u32).map(|i| i.wrapping_mul(7919) % u32::try_from(rows).expect("few")).collect();
+                let words = |&id: &u32| {
+                    let row = &table[id as usize * row_bytes..][..row_bytes];
+                    row.chunks(64)
+                        .filter_map(|line| Some(u64::from_le_bytes(*line.first_chunk()?)))
+                        .fold(0, u64::wrapping_add)
+                };
+                let expected = ids.iter().map(words).fold(0, u64::wrapping_add);
+                for ahead in [0, 8, 200] {
+                    let found = cpu.read_rows(&table, row_bytes, &ids, ahead);
+                    assert_eq!(found.expect("rows that are there"), expected, "{row_bytes} bytes, {ahead} ahead");
+                }
+            }
+        }
     }
 }
