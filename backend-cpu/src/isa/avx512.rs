@@ -194,7 +194,7 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
         // A prefetch of any address is no access.
-        have!(self, _mm_prefetch::<_MM_HINT_T0>(at.cast()));
+        have!(self, _mm_prefetch::<_MM_HINT_T1>(at.cast()));
     }
     #[inline(always)]
     fn widen<E: Element>(self, codes: &[E], col: usize) -> __m512 {

@@ -91,9 +91,9 @@ impl<const L: usize> Simd for Lanes<L> {
     fn prefetch(self, at: *const u8) {
         #[cfg(target_arch = "x86_64")]
         {
-            use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            use core::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
             // SAFETY: SSE is part of x86-64, and a prefetch of any address is no access.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = at;

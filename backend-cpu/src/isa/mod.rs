@@ -227,7 +227,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
             }
         }
     }
-    /// Asks for the cache line of `at`, which may be any address.
+    /// Asks for the cache line of `at`, which may be any address, in the second-level cache: it has more lines under way at a
+    /// time than the first, which is what limits reads of rows all over memory.
     fn prefetch(self, at: *const u8);
 
     /// `LANES` scalars from `from` on.

@@ -115,7 +115,7 @@ impl Simd for Neon {
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
         // SAFETY: a prefetch of any address is no access; the instruction touches no register, flag or stack.
-        unsafe { asm!("prfm pldl1keep, [{0}]", in(reg) at, options(nostack, preserves_flags, readonly)) }
+        unsafe { asm!("prfm pldl2keep, [{0}]", in(reg) at, options(nostack, preserves_flags, readonly)) }
     }
     #[inline(always)]
     unsafe fn load_at(self, from: *const f32) -> float32x4_t {

@@ -11,8 +11,8 @@ use crate::isa::rows::{Columns, add_row, columns, dot_row};
 use crate::isa::{Simd, dispatch};
 use crate::ops::piece;
 
-/// Bytes that are asked for before they are summed, as whole rows of a block.
-const AHEAD: usize = 4096;
+/// Bytes that are asked for before they are summed, as whole rows of a block; of the smallest rows half of that.
+const AHEAD: usize = 8192;
 
 /// About how long a row of `dim` values takes, in nanoseconds.
 pub(super) fn row_cost(dim: usize) -> usize {
@@ -72,8 +72,7 @@ impl<T: RowStore + Sync> EmbeddingBag<T> for Cpu {
 #[inline(always)]
 fn ahead<E: Element>(width: usize) -> usize {
     match E::codes(width) * size_of::<E>() {
-        ..=64 => AHEAD / 64,
-        65..=128 => AHEAD / 128,
+        ..=128 => AHEAD / 128,
         129..=256 => AHEAD / 256,
         _ => AHEAD / 512,
     }
