@@ -52,4 +52,4 @@ pub use element::{Bf16, E4m3, E5m2, Element, F16, Int4, Item, Real, Trainable};
 pub use error::ArgError;
 pub use random::Random;
 pub use reference::Reference;
-pub use storage::{DenseRows, DenseRowsMut, Row, RowId, RowStore, ScaledRows, Table, TrainRows, TrainStore};
+pub use storage::{DenseRows, DenseRowsMut, Extent, Row, RowId, RowStore, ScaledRows, Table, TrainRows, TrainStore};

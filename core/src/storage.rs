@@ -18,6 +18,26 @@ pub trait Table {
     fn dim(&self) -> usize;
 }
 
+/// How large a table is, in place of the table where nothing of it is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Rows.
+    pub rows: usize,
+    /// Values in a row.
+    pub dim: usize,
+}
+
+impl Table for Extent {
+    /// There are no codes: of no meaning.
+    type Elem = f32;
+    fn rows(&self) -> usize {
+        self.rows
+    }
+    fn dim(&self) -> usize {
+        self.dim
+    }
+}
+
 /// A row where it lies: value `i` is `scales[i / group] · code i`.
 #[derive(Clone, Copy, Debug)]
 pub struct Row<'a, E> {

@@ -6,7 +6,7 @@ use memlayer_core::ops::plan::{RowGradient, RowPlan};
 use memlayer_core::{ArgError, Element, Scratch, ScratchReq, TrainStore, Trainable};
 
 use crate::Cpu;
-use crate::isa::rows::{as_f32, widen};
+use crate::isa::rows::{self, as_f32, widen};
 use crate::isa::{Simd, dispatch};
 use crate::ops::bag::row_cost;
 use crate::ops::plan::{ROWS, row_sum};
@@ -44,7 +44,8 @@ impl<T: TrainStore<State = f32> + Send, O: RowRule> RowUpdate<T, O> for Cpu {
         self.pool.for_each_with(unique * row_cost(dim) * 4, pieces, workers, |worker, (piece, grads)| {
             dispatch!(self.token, s => {
                 let grads = &mut grads.chunks_exact(dim);
-                change.rows(s, piece, worker, |_, grad| grad.copy_from_slice(grads.next().unwrap_or(&[])));
+                let gradient = |_, grad: &mut [f32]| grad.copy_from_slice(grads.next().unwrap_or(&[]));
+                change.rows(s, piece, worker, gradient, |_, _| ());
             });
         });
         Ok(())
@@ -64,20 +65,77 @@ impl<T: TrainStore<State = f32> + Send, O: RowRule> RowUpdate<T, O> for Cpu {
         scratch: Scratch<'_, Self>,
     ) -> Result<(), ArgError> {
         const OP: &str = "reduce_and_update";
+        scratch.check(OP, RowUpdate::<T, O>::reduce_and_update_scratch(self, table.dim()))?;
+        let change = Change { rule, factors: rule.factors::<Single>(step), step };
+        self.one_pass(OP, table, change, &plan, &gradient, None, scratch.reals)
+    }
+
+    fn dot_reduce_and_update_scratch(&self, dim: usize, entries: usize) -> ScratchReq {
+        // The dots in the plan's order, in which a piece's lie together.
+        RowUpdate::<T, O>::reduce_and_update_scratch(self, dim).and(ScratchReq::new(entries, 0))
+    }
+
+    fn dot_reduce_and_update(
+        &self,
+        table: T,
+        rule: &O,
+        step: &Step,
+        plan: RowPlan<'_, Self>,
+        gradient: RowGradient<'_, Self>,
+        dots: &mut [f32],
+        scratch: Scratch<'_, Self>,
+    ) -> Result<(), ArgError> {
+        const OP: &str = "dot_reduce_and_update";
+        let entries = plan.entries.len();
+        check_len(OP, "dots", entries, dots.len())?;
+        scratch.check(OP, RowUpdate::<T, O>::dot_reduce_and_update_scratch(self, table.dim(), entries))?;
+        let (sorted, workers) = scratch.reals.split_at_mut(entries);
+        let change = Change { rule, factors: rule.factors::<Single>(step), step };
+        self.one_pass(OP, table, change, &plan, &gradient, Some(&mut *sorted), workers)?;
+        for (&entry, &dot) in plan.entries.iter().zip(&*sorted) {
+            dots[entry as usize] = dot;
+        }
+        Ok(())
+    }
+}
+
+impl Cpu {
+    /// Reduces and updates, each row once; `dots` takes those of the entries in the plan's order.
+    #[allow(clippy::too_many_arguments, reason = "the operations' own arguments, handed on")]
+    fn one_pass<T: TrainStore<State = f32> + Send, O: RowRule>(
+        &self,
+        op: &'static str,
+        table: T,
+        change: Change<'_, O>,
+        plan: &RowPlan<'_, Self>,
+        gradient: &RowGradient<'_, Self>,
+        mut dots: Option<&mut [f32]>,
+        workers: &mut [f32],
+    ) -> Result<(), ArgError> {
         let dim = table.dim();
         let unique = plan.unique[0] as usize;
-        gradient.check(OP, &plan)?;
-        check_len(OP, "width of the gradient", dim, gradient.dim)?;
-        check_state(OP, rule, dim, table.state_len())?;
-        check_ids(OP, &plan.rows[..unique], table.rows())?;
-        scratch.check(OP, RowUpdate::<T, O>::reduce_and_update_scratch(self, dim))?;
-        let change = Change { rule, factors: rule.factors::<Single>(step), step };
-        let workers = scratch.reals.chunks_exact_mut(2 * dim);
-        let pieces = Pieces::new(table, &plan.rows[..unique]).enumerate();
+        gradient.check(op, plan)?;
+        check_len(op, "width of the gradient", dim, gradient.dim)?;
+        check_state(op, change.rule, dim, table.state_len())?;
+        check_ids(op, &plan.rows[..unique], table.rows())?;
+        let pieces = Pieces::new(table, &plan.rows[..unique]).enumerate().map(|(i, piece)| {
+            let (first, end) = (i * ROWS, i * ROWS + piece.rows.len());
+            let entries = (plan.starts[end] - plan.starts[first]) as usize;
+            (first, piece, dots.as_mut().and_then(|dots| dots.split_off_mut(..entries)))
+        });
         let cost = (plan.entries.len() + 4 * unique) * row_cost(dim);
-        self.pool.for_each_with(cost, pieces, workers, |worker, (i, piece)| {
+        let workers = workers.chunks_exact_mut(2 * dim);
+        self.pool.for_each_with(cost, pieces, workers, |worker, (first, piece, mut dots)| {
             dispatch!(self.token, s => {
-                change.rows(s, piece, worker, |u, grad| row_sum(s, &plan, &gradient, i * ROWS + u, grad));
+                let gradient_of = |u: usize, grad: &mut [f32]| row_sum(s, plan, gradient, first + u, grad);
+                let Some(dots) = &mut dots else { return change.rows(s, piece, worker, gradient_of, |_, _| ()) };
+                change.rows(s, piece, worker, gradient_of, |u, row| {
+                    let (start, end) = (plan.starts[first + u] as usize, plan.starts[first + u + 1] as usize);
+                    let Some(dots) = dots.split_off_mut(..end - start) else { return };
+                    for (dot, &entry) in dots.iter_mut().zip(&plan.entries[start..end]) {
+                        *dot = rows::dot(s, &gradient.sources[entry as usize / gradient.bag * dim..][..dim], row);
+                    }
+                });
             });
         });
         Ok(())
@@ -127,7 +185,8 @@ struct Change<'a, O: RowRule> {
 }
 
 impl<O: RowRule> Change<'_, O> {
-    /// Changes all rows of a piece; `gradient` writes that of the piece's row `u`.
+    /// Changes all rows of a piece; `gradient` writes that of the piece's row `u`, and `before` then sees the row as it
+    /// still is.
     #[inline(always)]
     fn rows<S: Simd, T: TrainStore<State = f32>>(
         &self,
@@ -135,6 +194,7 @@ impl<O: RowRule> Change<'_, O> {
         mut piece: Piece<'_, T>,
         worker: &mut [f32],
         mut gradient: impl FnMut(usize, &mut [f32]),
+        mut before: impl FnMut(usize, &[f32]),
     ) {
         let (wide, grad) = worker.split_at_mut(worker.len() / 2);
         for (u, &id) in piece.rows.iter().enumerate() {
@@ -144,7 +204,7 @@ impl<O: RowRule> Change<'_, O> {
                 s.prefetch_all(state);
             }
             gradient(u, grad);
-            self.row(id, piece.table.row_and_state(id), grad, wide);
+            self.row(id, piece.table.row_and_state(id), grad, wide, |row| before(u, row));
         }
     }
 
@@ -153,19 +213,28 @@ impl<O: RowRule> Change<'_, O> {
     /// The rule's loops are inlined into code of the instruction set: multiplications and additions stay apart, and
     /// roots and quotients are correctly rounded, so that they have the reference's bits.
     #[inline(always)]
-    fn row<E: Trainable>(&self, id: u32, (codes, state): (&mut [E], &mut [f32]), grad: &mut [f32], wide: &mut [f32]) {
+    fn row<E: Trainable>(
+        &self,
+        id: u32,
+        (codes, state): (&mut [E], &mut [f32]),
+        grad: &mut [f32],
+        wide: &mut [f32],
+        before: impl FnOnce(&[f32]),
+    ) {
         #[allow(clippy::cast_possible_truncation, reason = "rounded as the reference rounds it")]
         let scale = self.step.grad_scale as f32;
         for g in grad.iter_mut() {
             *g *= scale;
         }
         let (grad, state) = (Single::slice(grad), Single::slice_mut(state));
-        if as_f32(codes).is_some() {
+        if let Some(row) = as_f32(codes) {
+            before(row);
             let row = Single::slice_mut(bytemuck::cast_slice_mut(codes));
             self.rule.step(self.factors, row, state, grad);
             return;
         }
         widen(codes, 0, wide);
+        before(wide);
         self.rule.step(self.factors, Single::slice_mut(wide), state, grad);
         store(self.step, id, codes, wide);
     }

@@ -246,6 +246,23 @@ impl<E: Trainable, O: DeviceRule> RowUpdate<TrainRows<'_, E>, O> for Cuda {
         }
         Ok(())
     }
+
+    fn dot_reduce_and_update_scratch(&self, dim: usize, _entries: usize) -> ScratchReq {
+        RowUpdate::<TrainRows<'_, E>, O>::reduce_and_update_scratch(self, dim)
+    }
+
+    fn dot_reduce_and_update(
+        &self,
+        _table: TrainRows<'_, E>,
+        _rule: &O,
+        _step: &Step,
+        _plan: RowPlan<'_, Self>,
+        _gradient: RowGradient<'_, Self>,
+        _dots: ViewMut<'_, f32>,
+        _scratch: Scratch<'_, Self>,
+    ) -> Result<(), CudaError> {
+        Err(CudaError::Unsupported { op: "dot_reduce_and_update", what: "dots in the pass of an update" })
+    }
 }
 
 impl Cuda {

@@ -289,6 +289,27 @@ pub trait RowUpdate<S: Table, O: RowRule>: RowReduce {
         gradient: RowGradient<'_, Self>,
         scratch: Scratch<'_, Self>,
     ) -> Result<(), Self::Error>;
+
+    /// What [`RowUpdate::dot_reduce_and_update`] needs for `entries` entries and rows of `dim` values.
+    fn dot_reduce_and_update_scratch(&self, dim: usize, entries: usize) -> ScratchReq;
+
+    /// [`RowUpdate::reduce_and_update`], with the same bits, that also writes each entry's dot of its source with its
+    /// row as it was before: `dots[e] = Σ_v sources[e / bag, v] · row(e)[v]` (`[E]`, overwritten), a horizontal sum.
+    /// It is what [`EmbeddingBag::bag_dot`](crate::ops::EmbeddingBag::bag_dot) writes, without reading the rows again.
+    ///
+    /// # Errors
+    /// As [`RowUpdate::reduce_and_update`], and [`ArgError`] if `dots` is not one for each entry.
+    #[allow(clippy::too_many_arguments, reason = "what reduce_and_update takes, and where the dots go")]
+    fn dot_reduce_and_update(
+        &self,
+        table: S,
+        rule: &O,
+        step: &Step,
+        plan: RowPlan<'_, Self>,
+        gradient: RowGradient<'_, Self>,
+        dots: Self::ViewMut<'_, Self::Scalar>,
+        scratch: Scratch<'_, Self>,
+    ) -> Result<(), Self::Error>;
 }
 
 /// Fails unless the table's state is what `rule` keeps.

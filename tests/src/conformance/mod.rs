@@ -65,9 +65,11 @@ macro_rules! conformance {
                 is_the_references, sums_have_the_references_bits, hot_rows_are_summed_in_chunks,
                 square_sums_are_in_their_bound, refuses_what_does_not_fit);
             $crate::conformance!(@group $name, $device, optim,
-                rows_have_the_references_bits, untouched_rows_never_change, one_pass_is_as_two);
+                rows_have_the_references_bits, untouched_rows_never_change, one_pass_is_as_two,
+                dots_are_of_the_rows_before);
             $crate::conformance!(@group $name, $device, layer,
-                every_variant_is_the_references, asks_for_no_more_than_its_scratch, gradients_are_optional);
+                every_variant_is_the_references, asks_for_no_more_than_its_scratch, gradients_are_optional,
+                updates_on_its_way_as_apart);
         }
     };
     (@group $name:ident, $device:expr, $group:ident, $($test:ident),* $(,)?) => {

@@ -5,7 +5,7 @@ use memlayer_core::ops::optim::{Adagrad, Adam, RowRule, RowwiseAdagrad, RowwiseA
 use memlayer_core::ops::plan::{PlanBuffers, RowGradient};
 use memlayer_core::{Reference, Table};
 
-use super::{Subject, assert_same_bits};
+use super::{Subject, assert_same_bits, assert_within};
 use crate::device::{Memory, TestDevice, poisoned};
 use crate::random::Random;
 
@@ -17,6 +17,22 @@ struct Case {
 }
 
 const BAG: usize = 4;
+
+/// How a step is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    ReduceThenUpdate,
+    ReduceAndUpdate,
+    DotReduceAndUpdate,
+}
+
+/// The table and its state after all steps, and what each step had for dots.
+struct Trained {
+    rows: Vec<f32>,
+    state: Vec<f32>,
+    /// For each step: the table before it, and the dots.
+    dots: Vec<(Vec<f32>, Vec<f32>)>,
+}
 
 impl Case {
     fn new(rows: usize, dim: usize, entries: usize, seed: u64) -> Self {
@@ -33,8 +49,7 @@ impl Case {
         (0u64..).zip(shapes).map(|(seed, (rows, dim, entries))| Self::new(rows, dim, entries, seed)).collect()
     }
 
-    /// The table and its state after all steps.
-    fn run<D, O>(&self, device: &D, rule: &O, one_pass: bool) -> (Vec<f32>, Vec<f32>)
+    fn run<D, O>(&self, device: &D, rule: &O, way: Way) -> Trained
     where
         D: TestDevice<Scalar = f32> + for<'x> RowUpdate<<D as TestDevice>::Train<'x>, O>,
         O: RowRule,
@@ -42,13 +57,15 @@ impl Case {
         let state_len = rule.state_len(self.dim);
         let mut table = device.upload(&self.table);
         let mut state = device.upload(&vec![0f32; self.rows * state_len]);
+        let mut dots = vec![];
         for (count, (ids, weights, sources)) in (1..).zip(&self.steps) {
             let mut step = Step::new(0.05, count);
             step.grad_scale = 0.75;
+            let before = device.download(&table);
             let rows = D::train(&mut table, self.dim, &mut state, state_len);
-            self.step(device, rows, rule, &step, one_pass, ids, weights, sources);
+            dots.push((before, self.step(device, rows, rule, &step, way, ids, weights, sources)));
         }
-        (device.download(&table), device.download(&state))
+        Trained { rows: device.download(&table), state: device.download(&state), dots }
     }
 
     #[allow(clippy::too_many_arguments, reason = "a step is all of these")]
@@ -58,11 +75,12 @@ impl Case {
         table: S,
         rule: &O,
         step: &Step,
-        one_pass: bool,
+        way: Way,
         ids: &[u32],
         weights: &[f32],
         sources: &[f32],
-    ) where
+    ) -> Vec<f32>
+    where
         S: Table,
         D: TestDevice<Scalar = f32> + RowUpdate<S, O>,
         O: RowRule,
@@ -74,18 +92,27 @@ impl Case {
         let mut scratch = Memory::new(device, device.plan_scratch(entries));
         device.plan(D::view(&ids), self.rows, buffers.reborrow(), scratch.lend()).expect("a plan");
         let gradient = RowGradient { bag: BAG, dim: self.dim, weights: D::view(&weights), sources: D::view(&sources) };
-        if one_pass {
-            let mut scratch = Memory::new(device, device.reduce_and_update_scratch(self.dim));
-            let done = device.reduce_and_update(table, rule, step, buffers.plan(), gradient, scratch.lend());
-            done.expect("an update");
-        } else {
-            let mut grads = poisoned(device, entries * self.dim);
-            device.reduce(buffers.plan(), gradient, D::view_mut(&mut grads)).expect("sums");
-            let mut scratch = Memory::new(device, device.update_scratch(self.dim));
-            let done = device.update(table, rule, step, buffers.plan(), D::view(&grads), scratch.lend());
-            done.expect("an update");
+        let mut dots = poisoned(device, if way == Way::DotReduceAndUpdate { entries } else { 0 });
+        match way {
+            Way::DotReduceAndUpdate => {
+                let mut scratch = Memory::new(device, device.dot_reduce_and_update_scratch(self.dim, entries));
+                let (dots, scratch) = (D::view_mut(&mut dots), scratch.lend());
+                device.dot_reduce_and_update(table, rule, step, buffers.plan(), gradient, dots, scratch)
+            }
+            Way::ReduceAndUpdate => {
+                let mut scratch = Memory::new(device, device.reduce_and_update_scratch(self.dim));
+                device.reduce_and_update(table, rule, step, buffers.plan(), gradient, scratch.lend())
+            }
+            Way::ReduceThenUpdate => {
+                let mut grads = poisoned(device, entries * self.dim);
+                device.reduce(buffers.plan(), gradient, D::view_mut(&mut grads)).expect("sums");
+                let mut scratch = Memory::new(device, device.update_scratch(self.dim));
+                device.update(table, rule, step, buffers.plan(), D::view(&grads), scratch.lend())
+            }
         }
+        .expect("an update");
         device.synchronize().expect("an update");
+        device.download(&dots)
     }
 }
 
@@ -99,10 +126,16 @@ pub fn rows_have_the_references_bits<D: Subject>(device: &D) {
         D: Subject + for<'x> RowUpdate<<D as TestDevice>::Train<'x>, O>,
     {
         for case in Case::all() {
-            let (rows, state) = case.run(&Reference::<f32>::new(), &rule, true);
-            let (found_rows, found_state) = case.run(device, &rule, true);
-            assert_same_bits(&rows, &found_rows, &format!("rows of {} under {rule:?}", case.dim));
-            assert_same_bits(&state, &found_state, &format!("state of {} under {rule:?}", case.dim));
+            let expected = case.run(&Reference::<f32>::new(), &rule, Way::ReduceAndUpdate);
+            for way in [Way::ReduceAndUpdate, Way::DotReduceAndUpdate] {
+                let found = case.run(device, &rule, way);
+                assert_same_bits(&expected.rows, &found.rows, &format!("rows of {} under {rule:?}, {way:?}", case.dim));
+                assert_same_bits(
+                    &expected.state,
+                    &found.state,
+                    &format!("state of {} under {rule:?}, {way:?}", case.dim),
+                );
+            }
         }
     }
     check(device, Sgd);
@@ -119,7 +152,7 @@ pub fn rows_have_the_references_bits<D: Subject>(device: &D) {
 pub fn untouched_rows_never_change<D: Subject>(device: &D) {
     let case = Case::new(500, 24, 60, 5);
     let rule = Adam { betas: (0.9, 0.95), eps: 1e-8 };
-    let (rows, state) = case.run(device, &rule, true);
+    let Trained { rows, state, .. } = case.run(device, &rule, Way::ReduceAndUpdate);
     let touched: Vec<u32> = case.steps.iter().flat_map(|(ids, ..)| ids.iter().copied()).collect();
     let mut untouched = 0;
     for id in 0..500u32 {
@@ -141,8 +174,43 @@ pub fn untouched_rows_never_change<D: Subject>(device: &D) {
 pub fn one_pass_is_as_two<D: Subject>(device: &D) {
     for case in Case::all() {
         let rule = RowwiseAdagrad { eps: 1e-10 };
-        let (one, two) = (case.run(device, &rule, true), case.run(device, &rule, false));
-        assert_same_bits(&one.0, &two.0, "rows in one pass and in two");
-        assert_same_bits(&one.1, &two.1, "state in one pass and in two");
+        let one = case.run(device, &rule, Way::ReduceAndUpdate);
+        let two = case.run(device, &rule, Way::ReduceThenUpdate);
+        assert_same_bits(&one.rows, &two.rows, "rows in one pass and in two");
+        assert_same_bits(&one.state, &two.state, "state in one pass and in two");
+    }
+}
+
+/// The dots of an update are those of the rows as they were before it: against `f64`, within the bound of their terms,
+/// and exact ones exactly.
+///
+/// # Panics
+/// If one is out of its bound.
+pub fn dots_are_of_the_rows_before<D: Subject>(device: &D) {
+    let hot = Case::new(3, 40, 2400, 7);
+    for mut case in Case::all().into_iter().chain([hot]) {
+        for exact in [false, true] {
+            if exact {
+                // Integers, as the first step finds them.
+                let mut random = Random::new(70);
+                case.table = random.integers(case.table.len(), 8);
+                case.steps.iter_mut().for_each(|(_, _, sources)| *sources = random.integers(sources.len(), 8));
+                case.steps.truncate(1);
+            }
+            let dim = case.dim;
+            let trained = case.run(device, &RowwiseAdagrad { eps: 1e-10 }, Way::DotReduceAndUpdate);
+            for ((ids, _, sources), (before, dots)) in case.steps.iter().zip(&trained.dots) {
+                let (mut expected, mut bounds) = (vec![], vec![]);
+                for (e, &id) in ids.iter().enumerate() {
+                    let row = &before[id as usize * dim..][..dim];
+                    let terms =
+                        sources[e / BAG * dim..][..dim].iter().zip(row).map(|(a, b)| f64::from(*a) * f64::from(*b));
+                    expected.push(terms.clone().sum());
+                    let scale = if exact { 0.0 } else { dim as f64 * f64::from(f32::EPSILON) };
+                    bounds.push(scale * terms.map(f64::abs).sum::<f64>());
+                }
+                assert_within(&expected, dots, &bounds, &format!("dots of rows of {dim}"));
+            }
+        }
     }
 }
