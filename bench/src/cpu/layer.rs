@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use memlayer_core::layer::{
-    Activations, Backend, Grads, Keys, Params, Projection, ProjectionGrads, backward, backward_scratch, forward as run,
-    forward_scratch,
+    Activations, Backend, Grads, Keys, Params, Projection, ProjectionGrads, TableUpdate, backward_and_update,
+    backward_and_update_scratch, forward as run, forward_scratch,
 };
 use memlayer_core::ops::RowReduce;
-use memlayer_core::ops::optim::{Adam, RowRule, RowUpdate, RowwiseAdagrad, Step};
-use memlayer_core::ops::plan::{PlanBuffers, RowGradient};
-use memlayer_core::{Config, DenseRows, RowStore, ScaledRows, Scratch, ScratchReq, TrainRows};
+use memlayer_core::ops::optim::{Adam, RowRule, RowwiseAdagrad, Step};
+use memlayer_core::ops::plan::PlanBuffers;
+use memlayer_core::{Config, DenseRows, Extent, RowStore, ScaledRows, Scratch, ScratchReq, Table, TrainRows};
 use memlayer_cpu::Cpu;
 
 use super::Case;
@@ -62,7 +62,7 @@ impl Dense {
         }
     }
 
-    fn params<'a, V, K>(&'a self, keys: Keys<'a, Cpu, K>, values: &'a V) -> Params<'a, Cpu, V, K> {
+    fn params<'a, V, K, E>(&'a self, keys: Keys<'a, Cpu, K>, values: &'a V) -> Params<'a, Cpu, V, K, E> {
         let projection = |p: &'a [Vec<f32>; 2]| Projection { weight: &p[0][..], bias: Some(&p[1][..]) };
         Params {
             query: projection(&self.query),
@@ -88,7 +88,7 @@ pub(super) fn forward(case: &Case, cpu: &Arc<Cpu>, tables: &mut Tables) -> Resul
     if case.format == "f32" {
         return Ok(Box::new(move || {
             let values = DenseRows::<f32>::new(bytemuck::cast_slice(&rows.codes), pass.case.v);
-            let params = dense.params::<_, F32Rows<'_>>(Keys::Trained { keys: &keys, gain: None }, &values);
+            let params = dense.params::<_, F32Rows<'_>, _>(Keys::Trained { keys: &keys, gain: None }, &values);
             pass.forward(&params)
         }));
     }
@@ -179,15 +179,14 @@ fn step_by<O: RowRule + 'static>(rule: O, case: &Case, cpu: &Arc<Cpu>, distinct:
     state.fill(0.01);
     let (mut dense, mut grads) = (Dense::new(&config, 0.06), Dense::new(&config, 0.0));
     let (mut keys, mut dkeys) = (reals(config.keys_len(), 5), vec![0.0; config.keys_len()]);
-    let mut moments: Vec<Moments> = Vec::new();
+    let mut adam_w = AdamW::default();
     let mut inputs: Vec<_> = (0..INPUTS).map(|i| reals(t * v, 40 + i as u64)).collect();
     inputs.iter_mut().for_each(|x| x.copy_within(..(t - distinct) * v, distinct * v));
     let mut activations = Memory::new(config.activations_req(t));
     let (entries, threads, mut count, mut turn) = (t * bag, case.threads, 0, 0);
     let req = forward_scratch::<F32Rows<'_>, F32Rows<'_>, Cpu>(&cpu, &config, t)
-        .or(backward_scratch::<F32Rows<'_>, F32Rows<'_>, Cpu>(&cpu, &config, t))
-        .or(cpu.plan_scratch(entries))
-        .or(RowUpdate::<Train<'_>, O>::reduce_and_update_scratch(&*cpu, v));
+        .or(backward_and_update_scratch::<Train<'_>, O, F32Rows<'_>, F32Rows<'_>, Cpu>(&cpu, &config, t))
+        .or(cpu.plan_scratch(entries));
     let mut scratch = Memory::new(req);
     let (mut out, mut dout, mut sums) = (vec![0.0; t * v], vec![0.0; t * v], vec![0.0; t * v]);
     let mut plan = vec![0; PlanBuffers::<Cpu>::ids_len(entries)];
@@ -196,7 +195,8 @@ fn step_by<O: RowRule + 'static>(rule: O, case: &Case, cpu: &Arc<Cpu>, distinct:
         turn = (turn + 1) % INPUTS;
         let x = &inputs[turn][..];
         let table = DenseRows::new(&values[..], v);
-        let params = dense.params::<_, F32Rows<'_>>(Keys::Trained { keys: &keys, gain: None }, &table);
+        let extent = Extent { rows: table.rows(), dim: v };
+        let params = dense.params::<_, F32Rows<'_>, F32Rows<'_>>(Keys::Trained { keys: &keys, gain: None }, &table);
         let mut act = Activations::new(&config, t, activations.lend())?;
         run(&*cpu, &config, &params, x, &mut act, &mut out[..], scratch.lend())?;
         // The gradient of the mean square.
@@ -212,49 +212,58 @@ fn step_by<O: RowRule + 'static>(rule: O, case: &Case, cpu: &Arc<Cpu>, distinct:
             let [weight, bias] = from;
             *to = ProjectionGrads { weight: Some(&mut weight[..]), bias: Some(&mut bias[..]) };
         }
-        backward(&*cpu, &config, &params, x, &mut act, &dout[..], wanted, scratch.lend())?;
         let (mut buffers, _) = PlanBuffers::<Cpu>::carve(&mut plan[..], entries)?;
-        cpu.plan(&*act.ids, values.len() / v, buffers.reborrow(), scratch.lend())?;
-        let gradient = RowGradient { bag, dim: v, weights: act.coefficients(), sources: &sums[..] };
+        cpu.plan(&*act.ids, extent.rows, buffers.reborrow(), scratch.lend())?;
+        let params = dense.params::<_, F32Rows<'_>, F32Rows<'_>>(Keys::Trained { keys: &keys, gain: None }, &extent);
         let state_len = rule.state_len(v);
         let Some(table) = TrainRows::new(&mut values[..], v, &mut state[..], state_len) else { return Ok(()) };
         let step = Step::new(1e-3, count);
-        cpu.reduce_and_update(table, &rule, &step, buffers.plan(), gradient, scratch.lend())?;
+        let table = TableUpdate { table, rule: &rule, step: &step, plan: buffers.plan() };
+        backward_and_update(&*cpu, &config, &params, x, &mut act, &dout[..], wanted, table, scratch.lend())?;
         let parts = dense.query.iter_mut().chain(&mut dense.gate).chain(&mut dense.out).chain([&mut keys]);
         let from = grads.query.iter().chain(&grads.gate).chain(&grads.out).chain([&dkeys]);
-        for (i, (x, g)) in parts.zip(from).enumerate() {
-            if moments.len() <= i {
-                moments.push(Moments { first: vec![0.0; x.len()], second: vec![0.0; x.len()] });
-            }
-            moments[i].adam_w(x, g, threads);
-        }
+        adam_w.step(threads, parts.zip(from).map(|(x, grad)| (&mut x[..], &grad[..])));
         Ok(())
     }))
 }
 
-struct Moments {
-    first: Vec<f32>,
-    second: Vec<f32>,
+/// AdamW of the dense part, as the peer has it: its arithmetic, by as many threads and in as wide vectors.
+#[derive(Default)]
+struct AdamW {
+    /// Both moments of every part.
+    moments: Vec<[Vec<f32>; 2]>,
+    arch: pulp::Arch,
 }
 
-impl Moments {
-    /// AdamW of the dense part, as the peer has it: its arithmetic, by as many threads.
-    fn adam_w(&mut self, x: &mut [f32], grad: &[f32], threads: usize) {
-        let part = x.len().div_ceil(threads).max(1 << 14);
-        let moments = self.first.chunks_mut(part).zip(self.second.chunks_mut(part));
-        let mut parts = x.chunks_mut(part).zip(grad.chunks(part)).zip(moments);
-        std::thread::scope(|scope| {
-            let mine = parts.next();
-            for ((x, grad), (first, second)) in parts {
-                scope.spawn(|| adam_w(x, grad, first, second));
+impl AdamW {
+    fn step<'a>(&mut self, threads: usize, parts: impl Iterator<Item = (&'a mut [f32], &'a [f32])>) {
+        let mut shares: Vec<Vec<_>> = (0..threads).map(|_| vec![]).collect();
+        let parts: Vec<_> = parts.collect();
+        self.moments.resize_with(parts.len(), Default::default);
+        for ((x, grad), [first, second]) in parts.into_iter().zip(&mut self.moments) {
+            first.resize(x.len(), 0.0);
+            second.resize(x.len(), 0.0);
+            let len = x.len().div_ceil(threads).max(1);
+            let moments = first.chunks_mut(len).zip(second.chunks_mut(len));
+            for (share, part) in shares.iter_mut().zip(x.chunks_mut(len).zip(grad.chunks(len)).zip(moments)) {
+                share.push(part);
             }
-            if let Some(((x, grad), (first, second))) = mine {
-                adam_w(x, grad, first, second);
+        }
+        let arch = self.arch;
+        std::thread::scope(|scope| {
+            let mine = shares.pop();
+            for share in shares {
+                scope
+                    .spawn(move || share.into_iter().for_each(|((x, g), (m, v))| arch.dispatch(|| adam_w(x, g, m, v))));
+            }
+            for ((x, g), (m, v)) in mine.into_iter().flatten() {
+                arch.dispatch(|| adam_w(x, g, m, v));
             }
         });
     }
 }
 
+#[inline(always)]
 fn adam_w(x: &mut [f32], grad: &[f32], first: &mut [f32], second: &mut [f32]) {
     for (((x, m), v), &g) in x.iter_mut().zip(first).zip(second).zip(grad) {
         *m = 0.9 * *m + 0.1 * g;
