@@ -48,6 +48,7 @@ struct Buffers {
     out: Vec<f32>,
     grads: Vec<f32>,
     sums: Vec<f32>,
+    dots: Vec<f32>,
     plan: Vec<u32>,
     scratch: (Vec<f32>, Vec<u32>),
 }
@@ -65,7 +66,7 @@ impl Buffers {
         let scratch = layer::forward_scratch::<Table<'_>, Table<'_>, _>(cpu, &CONFIG, TOKENS)
             .or(layer::backward_scratch::<Table<'_>, Table<'_>, _>(cpu, &CONFIG, TOKENS))
             .or(cpu.plan_scratch(bags))
-            .or(RowUpdate::<Train<'_>, Adam>::reduce_and_update_scratch(cpu, v));
+            .or(RowUpdate::<Train<'_>, Adam>::dot_reduce_and_update_scratch(cpu, v, bags));
         let memory = |req: ScratchReq| (vec![0.0; req.reals], vec![0; req.ids]);
         Self {
             parameters: wave(q * d + CONFIG.keys_len() + 2 * q + v * d + v * v),
@@ -76,6 +77,7 @@ impl Buffers {
             out: vec![0.0; TOKENS * v],
             grads: vec![0.0; q * d + CONFIG.keys_len() + 2 * q + v * d + v * v + TOKENS * d],
             sums: vec![0.0; TOKENS * v],
+            dots: vec![0.0; bags],
             plan: vec![0; PlanBuffers::<Cpu>::ids_len(bags)],
             scratch: memory(scratch),
         }
@@ -127,7 +129,10 @@ impl Buffers {
         let weights = activations.coefficients();
         let gradient = RowGradient::<Cpu> { bag: CONFIG.bag_len(), dim: v, weights, sources: &self.sums };
         let table = TrainRows::new(&mut self.values, v, &mut self.state, RULE.state_len(v)).unwrap();
-        cpu.reduce_and_update(table, &RULE, &Step::new(0.01, count), buffers.plan(), gradient, scratch).unwrap();
+        let step = Step::new(0.01, count);
+        cpu.reduce_and_update(table, &RULE, &step, buffers.plan(), gradient, scratch.reborrow()).unwrap();
+        let table = TrainRows::new(&mut self.values, v, &mut self.state, RULE.state_len(v)).unwrap();
+        cpu.dot_reduce_and_update(table, &RULE, &step, buffers.plan(), gradient, &mut self.dots, scratch).unwrap();
     }
 }
 

@@ -142,22 +142,28 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn turn(self, (from, from_stride): (&[f32], usize), (to, to_stride): (&mut [f32], usize)) {
-        let rows: [__m256; 8] = core::array::from_fn(|i| self.load(&from[i * from_stride..]));
-        // Lane half `l` of column `j` of a four of rows holds column `4 l + j` of them.
-        let four = |i: usize| {
+        let mut rows = [self.splat(0.0); 8];
+        for (i, row) in rows.iter_mut().enumerate() {
+            *row = self.load(&from[i * from_stride..]);
+        }
+        // Lane half `l` of column `j` of a four of rows holds column `4 l + j` of them. No closure: it would be no code of
+        // the instruction set where it is not inlined.
+        let mut fours = [[self.splat(0.0); 4]; 2];
+        for (i, four) in fours.iter_mut().enumerate() {
+            let [a, b, c, d] = [rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]];
             have!(self, {
-                let (low, high) = (_mm256_unpacklo_ps(rows[i], rows[i + 1]), _mm256_unpackhi_ps(rows[i], rows[i + 1]));
-                let (low2, high2) =
-                    (_mm256_unpacklo_ps(rows[i + 2], rows[i + 3]), _mm256_unpackhi_ps(rows[i + 2], rows[i + 3]));
-                [
+                let (low, high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+                let (low2, high2) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+                *four = [
                     _mm256_shuffle_ps::<0x44>(low, low2),
                     _mm256_shuffle_ps::<0xee>(low, low2),
                     _mm256_shuffle_ps::<0x44>(high, high2),
                     _mm256_shuffle_ps::<0xee>(high, high2),
-                ]
-            })
-        };
-        for (j, (upper, lower)) in four(0).into_iter().zip(four(4)).enumerate() {
+                ];
+            });
+        }
+        let [upper, lower] = fours;
+        for (j, (upper, lower)) in upper.into_iter().zip(lower).enumerate() {
             self.store(have!(self, _mm256_permute2f128_ps::<0x20>(upper, lower)), &mut to[j * to_stride..]);
             self.store(have!(self, _mm256_permute2f128_ps::<0x31>(upper, lower)), &mut to[(4 + j) * to_stride..]);
         }

@@ -155,7 +155,10 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     fn turn(self, (from, from_stride): (&[f32], usize), (to, to_stride): (&mut [f32], usize)) {
-        let rows: [__m512; 16] = core::array::from_fn(|i| self.load(&from[i * from_stride..]));
+        let mut rows = [self.splat(0.0); 16];
+        for (i, row) in rows.iter_mut().enumerate() {
+            *row = self.load(&from[i * from_stride..]);
+        }
         have!(self, {
             // Pairs of rows, then fours of them: lane `l` of `fours[4 g + j]` holds column `4 l + j` of rows `4 g ..`.
             let mut fours = rows;

@@ -13,7 +13,7 @@ use crate::ops::plan::{ROWS, row_sum};
 use crate::scalar::Single;
 
 /// Rows that are asked for before they are changed.
-const AHEAD: usize = 4;
+const AHEAD: usize = 2;
 
 impl<T: TrainStore<State = f32> + Send, O: RowRule> RowUpdate<T, O> for Cpu {
     fn update_scratch(&self, dim: usize) -> ScratchReq {
@@ -127,15 +127,21 @@ impl Cpu {
         let workers = workers.chunks_exact_mut(2 * dim);
         self.pool.for_each_with(cost, pieces, workers, |worker, (first, piece, mut dots)| {
             dispatch!(self.token, s => {
-                let gradient_of = |u: usize, grad: &mut [f32]| row_sum(s, plan, gradient, first + u, grad);
-                let Some(dots) = &mut dots else { return change.rows(s, piece, worker, gradient_of, |_, _| ()) };
-                change.rows(s, piece, worker, gradient_of, |u, row| {
-                    let (start, end) = (plan.starts[first + u] as usize, plan.starts[first + u + 1] as usize);
-                    let Some(dots) = dots.split_off_mut(..end - start) else { return };
-                    for (dot, &entry) in dots.iter_mut().zip(&plan.entries[start..end]) {
-                        *dot = rows::dot(s, &gradient.sources[entry as usize / gradient.bag * dim..][..dim], row);
-                    }
-                });
+                change.rows(
+                    s,
+                    piece,
+                    worker,
+                    #[inline(always)]
+                    |u, grad| row_sum(s, plan, gradient, first + u, grad),
+                    #[inline(always)]
+                    |u, row| {
+                        let (start, end) = (plan.starts[first + u] as usize, plan.starts[first + u + 1] as usize);
+                        let Some(dots) = dots.as_mut().and_then(|dots| dots.split_off_mut(..end - start)) else { return };
+                        for (dot, &entry) in dots.iter_mut().zip(&plan.entries[start..end]) {
+                            *dot = rows::dot(s, &gradient.sources[entry as usize / gradient.bag * dim..][..dim], row);
+                        }
+                    },
+                );
             });
         });
         Ok(())
@@ -223,8 +229,11 @@ impl<O: RowRule> Change<'_, O> {
     ) {
         #[allow(clippy::cast_possible_truncation, reason = "rounded as the reference rounds it")]
         let scale = self.step.grad_scale as f32;
-        for g in grad.iter_mut() {
-            *g *= scale;
+        // One more pass over the row, which most steps have no use for.
+        if scale != 1.0 {
+            for g in grad.iter_mut() {
+                *g *= scale;
+            }
         }
         let (grad, state) = (Single::slice(grad), Single::slice_mut(state));
         if let Some(row) = as_f32(codes) {

@@ -21,9 +21,9 @@ const BAG: usize = 4;
 /// How a step is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
-    ReduceThenUpdate,
-    ReduceAndUpdate,
-    DotReduceAndUpdate,
+    Apart,
+    OnePass,
+    WithDots,
 }
 
 /// The table and its state after all steps, and what each step had for dots.
@@ -92,18 +92,18 @@ impl Case {
         let mut scratch = Memory::new(device, device.plan_scratch(entries));
         device.plan(D::view(&ids), self.rows, buffers.reborrow(), scratch.lend()).expect("a plan");
         let gradient = RowGradient { bag: BAG, dim: self.dim, weights: D::view(&weights), sources: D::view(&sources) };
-        let mut dots = poisoned(device, if way == Way::DotReduceAndUpdate { entries } else { 0 });
+        let mut dots = poisoned(device, if way == Way::WithDots { entries } else { 0 });
         match way {
-            Way::DotReduceAndUpdate => {
+            Way::WithDots => {
                 let mut scratch = Memory::new(device, device.dot_reduce_and_update_scratch(self.dim, entries));
                 let (dots, scratch) = (D::view_mut(&mut dots), scratch.lend());
                 device.dot_reduce_and_update(table, rule, step, buffers.plan(), gradient, dots, scratch)
             }
-            Way::ReduceAndUpdate => {
+            Way::OnePass => {
                 let mut scratch = Memory::new(device, device.reduce_and_update_scratch(self.dim));
                 device.reduce_and_update(table, rule, step, buffers.plan(), gradient, scratch.lend())
             }
-            Way::ReduceThenUpdate => {
+            Way::Apart => {
                 let mut grads = poisoned(device, entries * self.dim);
                 device.reduce(buffers.plan(), gradient, D::view_mut(&mut grads)).expect("sums");
                 let mut scratch = Memory::new(device, device.update_scratch(self.dim));
@@ -126,8 +126,8 @@ pub fn rows_have_the_references_bits<D: Subject>(device: &D) {
         D: Subject + for<'x> RowUpdate<<D as TestDevice>::Train<'x>, O>,
     {
         for case in Case::all() {
-            let expected = case.run(&Reference::<f32>::new(), &rule, Way::ReduceAndUpdate);
-            for way in [Way::ReduceAndUpdate, Way::DotReduceAndUpdate] {
+            let expected = case.run(&Reference::<f32>::new(), &rule, Way::OnePass);
+            for way in [Way::OnePass, Way::WithDots] {
                 let found = case.run(device, &rule, way);
                 assert_same_bits(&expected.rows, &found.rows, &format!("rows of {} under {rule:?}, {way:?}", case.dim));
                 assert_same_bits(
@@ -152,7 +152,7 @@ pub fn rows_have_the_references_bits<D: Subject>(device: &D) {
 pub fn untouched_rows_never_change<D: Subject>(device: &D) {
     let case = Case::new(500, 24, 60, 5);
     let rule = Adam { betas: (0.9, 0.95), eps: 1e-8 };
-    let Trained { rows, state, .. } = case.run(device, &rule, Way::ReduceAndUpdate);
+    let Trained { rows, state, .. } = case.run(device, &rule, Way::OnePass);
     let touched: Vec<u32> = case.steps.iter().flat_map(|(ids, ..)| ids.iter().copied()).collect();
     let mut untouched = 0;
     for id in 0..500u32 {
@@ -174,8 +174,8 @@ pub fn untouched_rows_never_change<D: Subject>(device: &D) {
 pub fn one_pass_is_as_two<D: Subject>(device: &D) {
     for case in Case::all() {
         let rule = RowwiseAdagrad { eps: 1e-10 };
-        let one = case.run(device, &rule, Way::ReduceAndUpdate);
-        let two = case.run(device, &rule, Way::ReduceThenUpdate);
+        let one = case.run(device, &rule, Way::OnePass);
+        let two = case.run(device, &rule, Way::Apart);
         assert_same_bits(&one.rows, &two.rows, "rows in one pass and in two");
         assert_same_bits(&one.state, &two.state, "state in one pass and in two");
     }
@@ -198,7 +198,7 @@ pub fn dots_are_of_the_rows_before<D: Subject>(device: &D) {
                 case.steps.truncate(1);
             }
             let dim = case.dim;
-            let trained = case.run(device, &RowwiseAdagrad { eps: 1e-10 }, Way::DotReduceAndUpdate);
+            let trained = case.run(device, &RowwiseAdagrad { eps: 1e-10 }, Way::WithDots);
             for ((ids, _, sources), (before, dots)) in case.steps.iter().zip(&trained.dots) {
                 let (mut expected, mut bounds) = (vec![], vec![]);
                 for (e, &id) in ids.iter().enumerate() {
