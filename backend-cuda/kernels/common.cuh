@@ -218,14 +218,15 @@ __device__ __forceinline__ u32 round_up(u32 bits, u32 below) {
 // What `round_up` rounds to nearest by, ties to even.
 __device__ __forceinline__ u32 half_below(float x) { return 0x7fffu + (__float_as_uint(x) >> 16 & 1u); }
 
-// Writes VEC values as bf16, each rounded by what is added below the cut; aligned to VEC codes.
-template <int VEC> __device__ __forceinline__ void write_bf16(u16* p, const float (&x)[VEC], const u32 (&below)[VEC]) {
+// Writes VEC values as bf16, each rounded by what is added below the cut; aligned to VEC codes. TAME: all of them are finite.
+template <int VEC, bool TAME = false>
+__device__ __forceinline__ void write_bf16(u16* p, const float (&x)[VEC], const u32 (&below)[VEC]) {
     u32 c[VEC];
     // Zero unless a value is infinite or NaN: one question for all of them.
     float finite = 0.0f;
 #pragma unroll
-    for (int i = 0; i < VEC; i++) finite = fmaf(x[i], 0.0f, finite);
-    if (finite == 0.0f) {
+    for (int i = 0; i < VEC; i++) finite = TAME ? 0.0f : fmaf(x[i], 0.0f, finite);
+    if (TAME || finite == 0.0f) {
 #pragma unroll
         for (int i = 0; i < VEC; i++) c[i] = __float_as_uint(x[i]) + below[i];
     } else {

@@ -7,6 +7,10 @@
 // 16 lanes, then the lanes in order. Rules that need one take `dim` floats of dynamic shared memory. Compiled behind
 // sums.cuh.
 //
+// `dot_short` changes short rows and writes dots[e] for each of their entries e: the source of the entry times the row as it
+// was before. A horizontal sum: fused, its order fixed by the launch. `dot_rows` writes the dots of longer rows and comes
+// before these change.
+//
 // Nothing is changed while the flag is raised: a plan made from an id that is no row must not reach a table. A row of the
 // plan that the table has not raises it and is left out.
 
@@ -77,14 +81,14 @@ template <int VEC> __device__ __forceinline__ Raw<VEC * SIZE> load_codes(const u
     return raw;
 }
 
-// Stores VEC columns of a row from `column` on, which is a multiple of VEC.
-template <int VEC>
+// Stores VEC columns of a row from `column` on, which is a multiple of VEC. TAME: they are finite and rounded by chance.
+template <int VEC, bool TAME = false>
 __device__ __forceinline__ void store_codes(u8* p, u32 column, const float (&x)[VEC], const Step& step, u64 row_noise) {
 #if ELEM == F32
     write_once<VEC>((float*)p, x);
 #else
     u32 below[VEC];
-    if (step.stochastic) {
+    if (TAME || step.stochastic) {
         // Up by chance. Four neighbours share 64 random bits: core's `Step::noise`.
         const u64 noise = mix(row_noise + column / 4) >> (VEC == 4 ? 0 : 16 * (column % 4));
 #pragma unroll
@@ -93,7 +97,7 @@ __device__ __forceinline__ void store_codes(u8* p, u32 column, const float (&x)[
 #pragma unroll
         for (int i = 0; i < VEC; i++) below[i] = half_below(x[i]);
     }
-    write_bf16<VEC>((u16*)p, x, below);
+    write_bf16<VEC, TAME>((u16*)p, x, below);
 #endif
 }
 
@@ -106,6 +110,23 @@ template <int VEC> __device__ __forceinline__ void load_plain(const float* p, bo
 #pragma unroll
         for (int i = 0; i < VEC; i++) x[i] = p[i];
     }
+}
+
+// As `load_codes`, of what is read once more soon.
+template <int VEC> __device__ __forceinline__ Raw<VEC * SIZE> load_again(const u8* p) {
+    Raw<VEC * SIZE> raw;
+    if constexpr (VEC * SIZE == 16) {
+        const uint4 v = *(const uint4*)p;
+        raw.w[0] = v.x, raw.w[1] = v.y, raw.w[2] = v.z, raw.w[3] = v.w;
+    } else if constexpr (VEC * SIZE == 8) {
+        const uint2 v = *(const uint2*)p;
+        raw.w[0] = v.x, raw.w[1] = v.y;
+    } else if constexpr (VEC * SIZE == 4) {
+        raw.w[0] = *(const u32*)p;
+    } else {
+        raw.w[0] = *(const u16*)p;
+    }
+    return raw;
 }
 
 // Where a thread is in a row: its codes and its state there, and its column.
@@ -122,6 +143,26 @@ struct Place {
         if (STATES) state += columns;
     }
 };
+
+// Sums over a warp of N values at once, a power of two: halves of the lanes take half of the values each, until a value is a
+// group of lanes' own. Lane l has that of value l / (32 / N).
+template <int N> __device__ __forceinline__ float warp_sums(float (&x)[N]) {
+    const u32 lane = threadIdx.x % 32;
+    u32 offset = 16;
+#pragma unroll
+    for (int half = N / 2; half > 0; half /= 2) {
+        const bool upper = lane & offset;
+#pragma unroll
+        for (int r = 0; r < half; r++) {
+            const float keep = upper ? x[r + half] : x[r], give = upper ? x[r] : x[r + half];
+            x[r] = keep + __shfl_xor_sync(FULL, give, offset);
+        }
+        offset /= 2;
+    }
+    float sum = x[0];
+    for (; offset > 0; offset /= 2) sum += __shfl_xor_sync(FULL, sum, offset);
+    return sum;
+}
 
 // Values and state of VEC columns of a row, `at` columns behind a place, as they are read and written.
 template <int VEC> struct Columns {
@@ -156,17 +197,91 @@ template <int VEC> struct Columns {
 #endif
         }
     }
+    template <bool TAME>
     __device__ __forceinline__ void store(const Rows& table, const Place& place, u32 at, const Step& step,
                                           u64 row_noise) const {
-        store_codes<VEC>(place.codes + at * SIZE, place.column + at, x, step, row_noise);
+        store_codes<VEC, TAME>(place.codes + at * SIZE, place.column + at, x, step, row_noise);
         if (STATES >= 1) write_floats<VEC>(place.state + at, !ROWWISE, first);
         if (STATES >= 2) write_floats<VEC>(place.state + at + table.dim, true, second);
     }
 };
 
+// The dots of a row and the sources of its entries, over the columns of a warp's span: lane l has that of entry l. `pieces` are
+// the first of the row, `place` where it begins.
+template <int VEC, int N> struct Dots {
+    static constexpr bool WANTED = true;
+    static constexpr int HELD = N;
+    const Columns<VEC>* pieces;
+    Place place;
+    float mine;
+    // Zeros, until a code is infinite or NaN.
+    u32 odd;
+    // Pieces that are not held, on their way; the piece that is multiplied next.
+    Raw<VEC * SIZE> ahead[4];
+    float values[VEC];
+    // Whether the lane has columns of the row there.
+    bool inside;
+
+    // Asks for piece `g` of those from number `piece` on, at `column`, if it is `wanted`.
+    __device__ __forceinline__ void load(int piece, int g, u32 column, bool wanted) {
+        if (piece + g < N) return;
+        if (wanted) ahead[g] = load_again<VEC>(place.codes + (column - place.column) * SIZE);
+        else ahead[g] = {};
+        inside = wanted;
+    }
+    __device__ __forceinline__ void take(int piece, int g) {
+        const Raw<VEC * SIZE> raw = piece + g < N ? pieces[piece + g < N ? piece + g : 0].codes : ahead[g];
+        decode<ELEM, VEC>(raw, values);
+#if ELEM == BF16
+        // Two codes at once.
+#pragma unroll
+        for (int i = 0; i < (VEC + 1) / 2; i++) asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(odd) : "r"(raw.w[i]), "r"(0u));
+#endif
+    }
+    __device__ __forceinline__ void multiply(const float (&x)[VEC], float& part) const {
+#pragma unroll
+        for (int i = 0; i < VEC; i++) part = fmaf(x[i], values[i], part);
+    }
+    // The sources of the entries from `first` on.
+    template <int COUNT> __device__ __forceinline__ void multiply_all(u32 first, const float (&x)[COUNT][VEC]) {
+        static_assert(COUNT <= 4, "a part for each entry");
+        float parts[4] = {};
+#pragma unroll
+        for (int a = 0; a < COUNT; a++) {
+            if (inside) multiply(x[a], parts[a]);
+        }
+        add(first, parts);
+    }
+    // Adds parts of the entries from `first` on.
+    template <int COUNT> __device__ __forceinline__ void add(u32 first, float (&parts)[COUNT]) {
+        const float sum = warp_sums<COUNT>(parts);
+        const u32 at = threadIdx.x % 32 - first;
+        const float of_mine = __shfl_sync(FULL, sum, at % COUNT * (32 / COUNT));
+        if (at < COUNT) mine += of_mine;
+    }
+    // Whether the row was finite, as far as the lane saw.
+    __device__ __forceinline__ bool finite() const { return (odd & 0x7fff7fffu) == 0u; }
+
+    // Writes those of the lane's entry. The whole block calls it, with a float of shared memory for each of its threads if
+    // it is of several warps.
+    __device__ __forceinline__ void write(const Gradient& gradient, u32 len, u32 entry, float* parts, float* out) const {
+        float sum = mine;
+        if (blockDim.x > 32) {
+            __syncthreads();
+            parts[threadIdx.x] = mine;
+            __syncthreads();
+            if (threadIdx.x >= 32) return;
+            sum = 0.0f;
+            for (u32 at = threadIdx.x; at < blockDim.x; at += 32) sum += parts[at];
+        }
+        if (threadIdx.x < len && entry < gradient.len) out[entry] = sum;
+    }
+};
+
 #if ROWWISE
-// The rate of a row, from the mean square of its gradient; its state is brought up to date. Called by a whole warp.
-__device__ __forceinline__ float row_rate(const float* grad, u32 dim, float* state, const Step& step) {
+// The rate of a row, from the mean square of its gradient; its state is brought up to date. `tame` if no product of the rate
+// and a value of the gradient reaches 1e36: no value is greater than the root of dim times the mean. Called by a whole warp.
+__device__ __forceinline__ float row_rate(const float* grad, u32 dim, float* state, const Step& step, bool& tame) {
     const u32 lane = threadIdx.x % 32;
     float sum = 0.0f;
     const float old = *state;
@@ -193,7 +308,9 @@ __device__ __forceinline__ float row_rate(const float* grad, u32 dim, float* sta
     const float total = RULE == ROWWISE_ADAGRAD ? old + mean : step.beta2 * old + step.one_less_beta2 * mean;
     __syncwarp();
     if (lane == 0) *state = total;
-    return step.rate / (sqrtf(total) + step.eps);
+    const float rate = step.rate / (sqrtf(total) + step.eps);
+    tame = RULE == ROWWISE_ADAGRAD && mean < 1e30f && fabsf(rate) < 1e15f;
+    return rate;
 }
 #endif
 
@@ -203,14 +320,16 @@ __device__ __forceinline__ void fetch_ahead(const void* p, u32 bytes) {
         asm volatile("prefetch.global.L2 [%0];" ::"l"((const u8*)p + at));
 }
 
-// Changes row `id` by the gradient that `gradient(out)` hands out, column by column. The whole block calls it.
-template <int VEC, class G>
+// Changes row `id` by the gradient that `gradient(dots, out)` hands out, column by column. It is given what finds the dots with
+// this row, and says whether the lane saw a finite row. The whole block calls it.
+template <int VEC, bool DOTS = false, class G>
 __device__ __forceinline__ void change_row(const Rows& table, const Step& step, u32 id, float* shared, const G& gradient) {
     const auto noise = [&] {
         return step.stochastic ? mix(step.seed ^ (step.count + (table.names ? table.names[id] : id))) : 0;
     };
 #if ROWWISE
     __shared__ float rate;
+    __shared__ bool bounded;
     // The row is far away: its first pieces are on their way while its gradient is summed and its rate found, the next
     // while these change.
     const Span span = warp_span<VEC>(table.dim);
@@ -224,7 +343,8 @@ __device__ __forceinline__ void change_row(const Rows& table, const Step& step, 
         }
     };
     load(0);
-    gradient([&](u32 column, float(&g)[VEC]) {
+    Dots<VEC, PIECES> dots = {pieces, place, 0.0f, 0u};
+    const bool finite = gradient(dots, [&](u32 column, float(&g)[VEC]) {
 #pragma unroll
         for (int i = 0; i < VEC; i++) g[i] *= step.grad_scale;
         write_floats<VEC>(shared + column, true, g);
@@ -232,26 +352,41 @@ __device__ __forceinline__ void change_row(const Rows& table, const Step& step, 
     __syncthreads();
     if (threadIdx.x < 32) {
         float* state = table.state + (u64)id * table.state_len + (RULE == ROWWISE_ADAM ? table.dim : 0);
-        const float r = row_rate(shared, table.dim, state, step);
-        if (threadIdx.x == 0) rate = r;
+        bool tame;
+        const float r = row_rate(shared, table.dim, state, step, tame);
+        if (threadIdx.x == 0) rate = r, bounded = tame;
     }
     __syncthreads();
     const float common = rate;
     const u64 row_noise = noise();
     const float* grad = shared + place.column;
+    // Finite values less what is far from the greatest float stay finite: no value need be looked at.
+    const bool tame = DOTS && bounded && step.stochastic && __all_sync(FULL, finite);
+    u32 first = span.from;
 #pragma unroll 1
     while (place.column < span.to) {
         Columns<VEC> now[PIECES];
 #pragma unroll
         for (int p = 0; p < PIECES; p++) now[p] = pieces[p];
         load(PIECES * 32 * VEC);
+        first += PIECES * 32 * VEC;
+        if (tame && first <= span.to) {
 #pragma unroll
-        for (int p = 0; p < PIECES; p++) {
-            if (place.column + p * 32 * VEC < span.to) {
+            for (int p = 0; p < PIECES; p++) {
                 float g[VEC];
                 load_plain<VEC>(grad + p * 32 * VEC, true, g);
                 now[p].change(g, step, common);
-                now[p].store(table, place, p * 32 * VEC, step, row_noise);
+                now[p].template store<true>(table, place, p * 32 * VEC, step, row_noise);
+            }
+        } else {
+#pragma unroll
+            for (int p = 0; p < PIECES; p++) {
+                if (place.column + p * 32 * VEC < span.to) {
+                    float g[VEC];
+                    load_plain<VEC>(grad + p * 32 * VEC, true, g);
+                    now[p].change(g, step, common);
+                    now[p].template store<false>(table, place, p * 32 * VEC, step, row_noise);
+                }
             }
         }
         place.advance(PIECES * 32 * VEC);
@@ -263,13 +398,14 @@ __device__ __forceinline__ void change_row(const Rows& table, const Step& step, 
     fetch_ahead(place.codes, table.dim * SIZE);
     fetch_ahead(place.state, table.state_len * 4);
     const u64 row_noise = noise();
-    gradient([&](u32 column, float(&g)[VEC]) {
+    Dots<VEC, 0> dots = {nullptr, place, 0.0f, 0u};
+    gradient(dots, [&](u32 column, float(&g)[VEC]) {
         Columns<VEC> columns;
         columns.load(table, place, column);
 #pragma unroll
         for (int i = 0; i < VEC; i++) g[i] *= step.grad_scale;
         columns.change(g, step, 0.0f);
-        columns.store(table, place, column, step, row_noise);
+        columns.template store<false>(table, place, column, step, row_noise);
     });
 #endif
 }
@@ -315,17 +451,76 @@ __device__ __forceinline__ void update(const Rows& table, const Step& step, cons
             if (threadIdx.x == 0) raise_flag(flag, op, u, limit);
             continue;
         }
-        change_row<VEC>(table, step, id, shared, [&](const auto& out) {
+        change_row<VEC>(table, step, id, shared, [&](auto&, const auto& out) {
             settle();
             read_gradient<VEC>(grads + (u64)u * table.dim, table.dim, out);
+            return false;
         });
     }
 }
 
-// By the sums over the entries of short rows; others go to the lists.
+// The dots of a row and the sources of its entries from `start` to `end`, DOTS of them at once a warp of `warps`, of which
+// this is number `warp`.
+template <int VEC, int DOTS>
+__device__ __forceinline__ void dot_row(const Rows& table, u32 id, const Plan& plan, const Gradient& gradient, u32 start,
+                                        u32 end, u32 warp, u32 warps, float* dots) {
+    const u32 lane = threadIdx.x % 32;
+    const Place place(table, id, 0);
+    for (u32 first = start + warp * DOTS; first < end; first += warps * DOTS) {
+        const u32 at = first + lane;
+        const u32 entry = lane < DOTS && at < end ? __ldg(plan.entries + at) : FULL;
+        u32 source;
+        float weight;
+        gradient.weigh(entry, source, weight);
+        const float* p[DOTS];
+        float sums[DOTS] = {};
+#pragma unroll
+        for (int k = 0; k < DOTS; k++) p[k] = gradient.sources + (u64)__shfl_sync(FULL, source, k) * gradient.dim;
+#pragma unroll 1
+        for (u32 column = lane * VEC; column < table.dim; column += 32 * VEC) {
+            float x[DOTS][VEC], values[VEC];
+            decode<ELEM, VEC>(load_again<VEC>(place.codes + column * SIZE), values);
+#pragma unroll
+            for (int k = 0; k < DOTS; k++) Gradient::load<VEC>(p[k] + column, true, x[k]);
+#pragma unroll
+            for (int k = 0; k < DOTS; k++) {
+#pragma unroll
+                for (int i = 0; i < VEC; i++) sums[k] = fmaf(x[k][i], values[i], sums[k]);
+            }
+        }
+        const float sum = warp_sums<DOTS>(sums);
+        const u32 of = __shfl_sync(FULL, entry, lane / (32 / DOTS));
+        if (lane % (32 / DOTS) == 0 && of < gradient.len) dots[of] = sum;
+    }
+}
+
+// Blocks that share one of the longest rows.
+#define DOT_PARTS 32
+
+// The dots of the rows of both lists, the longest in parts.
 template <int VEC>
+__device__ __forceinline__ void dot_rows(const Rows& table, const Plan& plan, const Gradient& gradient, const Lists& lists,
+                                         float* dots, u32* flag) {
+    if (stopped(flag)) return;
+    const u32 parts = lists.longs() * DOT_PARTS, count = parts + lists.middles();
+    const u32 warps = blockDim.x / 32, warp = threadIdx.x / 32;
+    for (u32 i = blockIdx.x; i < count; i += gridDim.x) {
+        const bool part = i < parts;
+        const u32 u = part ? lists.long_row(i / DOT_PARTS) : __ldg(lists.middle + (i - parts));
+        const u32 id = __ldg(plan.rows + u);
+        u32 start, end;
+        plan.range(u, start, end);
+        dot_row<VEC, 8>(table, id, plan, gradient, start, end, part ? i % DOT_PARTS * warps + warp : warp,
+                        part ? DOT_PARTS * warps : warps, dots);
+    }
+}
+
+// By the sums over the entries of short rows; others go to the lists. DOTS: their dots too. Shared memory: the gradient of a
+// row, if its rule needs all of it, and a float a thread for dots.
+template <int VEC, bool DOTS>
 __device__ __forceinline__ void update_short(const Rows& table, const Step& step, const Plan& plan,
-                                             const Gradient& gradient, const Lists& lists, float* shared, u32* flag, u32 op) {
+                                             const Gradient& gradient, const Lists& lists, float* dots, float* shared,
+                                             u32* flag, u32 op) {
     __shared__ u32 share;
     if (stopped(flag)) return;
     const u32 unique = plan.count();
@@ -337,9 +532,27 @@ __device__ __forceinline__ void update_short(const Rows& table, const Step& step
         at.look_ahead(plan, gradient, unique);
         const u32 next = at.u + gridDim.x, next_id = next < unique ? __ldg(plan.rows + next) : 0u;
         if (!no_row(id, table, flag, op) && !lists.take(at.u, at.len, &share)) {
-            change_row<VEC>(table, step, id, shared, [&](const auto& out) {
-                if (at.len > SHORT) settle(), gradient.sum_row<VEC, 1>(plan, at.u, out);
-                else gradient.sum_short<VEC>(at.len, at.row, at.weight, span, out);
+            if (DOTS && at.len > SHORT) {
+                u32 start, end;
+                plan.range(at.u, start, end);
+                dot_row<VEC, 1>(table, id, plan, gradient, start, end, threadIdx.x / 32, blockDim.x / 32, dots);
+                __syncthreads();
+            }
+            change_row<VEC, DOTS>(table, step, id, shared, [&](auto& found, const auto& out) {
+                if (at.len > SHORT) {
+                    settle();
+                    gradient.sum_row<VEC, 1>(plan, at.u, out);
+                    return false;
+                }
+                if constexpr (DOTS) {
+                    gradient.sum_short<VEC>(at.len, at.row, at.weight, span, out, found);
+                    found.write(gradient, at.len, at.held, shared + (ROWWISE ? table.dim : 0), dots);
+                    return found.finite();
+                } else {
+                    NoDots none;
+                    gradient.sum_short<VEC>(at.len, at.row, at.weight, span, out, none);
+                    return false;
+                }
             });
         }
         at.advance();
@@ -354,9 +567,10 @@ __device__ __forceinline__ void update_middle(const Rows& table, const Step& ste
     if (stopped(flag)) return;
     for (u32 i = blockIdx.x; i < lists.middles(); i += gridDim.x) {
         const u32 u = __ldg(lists.middle + i);
-        change_row<VEC>(table, step, __ldg(plan.rows + u), shared, [&](const auto& out) {
+        change_row<VEC>(table, step, __ldg(plan.rows + u), shared, [&](auto&, const auto& out) {
             settle();
             gradient.sum_row<VEC, 8>(plan, u, out);
+            return false;
         });
     }
 }
@@ -368,8 +582,9 @@ __device__ __forceinline__ void update_long(const Rows& table, const Step& step,
     if (stopped(flag)) return;
     const u32 u = lists.long_row(first + blockIdx.x);
     if (u == FULL) return;
-    change_row<VEC>(table, step, __ldg(plan.rows + u), shared, [&](const auto& out) {
+    change_row<VEC>(table, step, __ldg(plan.rows + u), shared, [&](auto&, const auto& out) {
         read_gradient<VEC>(slots + (u64)blockIdx.x * table.dim, table.dim, out);
+        return false;
     });
 }
 
@@ -382,7 +597,16 @@ __device__ __forceinline__ void update_long(const Rows& table, const Step& step,
     extern "C" __global__ void __launch_bounds__(SHORT_BOUNDS) update_short_##VEC(                                         \
         Rows table, Step step, Plan plan, Gradient gradient, Lists lists, u32* flag, u32 op) {                        \
         extern __shared__ __align__(16) float shared[];                                                               \
-        update_short<VEC>(table, step, plan, gradient, lists, shared, flag, op);                                      \
+        update_short<VEC, false>(table, step, plan, gradient, lists, nullptr, shared, flag, op);                      \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(SHORT_BOUNDS) dot_short_##VEC(                                         \
+        Rows table, Step step, Plan plan, Gradient gradient, Lists lists, float* dots, u32* flag, u32 op) {           \
+        extern __shared__ __align__(16) float shared[];                                                               \
+        update_short<VEC, true>(table, step, plan, gradient, lists, dots, shared, flag, op);                          \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(128, 5) dot_rows_##VEC(                                              \
+        Rows table, Plan plan, Gradient gradient, Lists lists, float* dots, u32* flag) {                              \
+        dot_rows<VEC>(table, plan, gradient, lists, dots, flag);                                                      \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(512, 1) update_middle_##VEC(                                         \
         Rows table, Step step, Plan plan, Gradient gradient, Lists lists, u32* flag, u32 op) {                        \

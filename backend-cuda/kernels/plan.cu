@@ -240,6 +240,7 @@ __device__ __forceinline__ void reduce_short(const Plan& plan, const Gradient& g
     __shared__ u32 share;
     const u32 unique = plan.count(), from = blockIdx.y * slice;
     const Span span = {from, min(from + slice, gradient.dim)};
+    NoDots none;
     Walk at;
     for (at.begin(plan, gradient, unique); at.u < unique; at.advance()) {
         at.look_ahead(plan, gradient, unique);
@@ -249,7 +250,7 @@ __device__ __forceinline__ void reduce_short(const Plan& plan, const Gradient& g
         if (row == FULL) continue;
         const auto write = [&](u32 column, float(&sum)[VEC]) { to.write<VEC>(row, gradient.dim, column, sum); };
         if (at.len > SHORT) gradient.sum_row<VEC, 1>(plan, at.u, write);
-        else gradient.sum_short<VEC>(at.len, at.row, at.weight, span, write);
+        else gradient.sum_short<VEC>(at.len, at.row, at.weight, span, write, none);
     }
 }
 

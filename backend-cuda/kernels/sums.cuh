@@ -37,10 +37,9 @@ struct Lists {
         return taken;
     }
     __device__ __forceinline__ u32 middles() const { return min(__ldg(counts), (u32)LIST_LEN); }
+    __device__ __forceinline__ u32 longs() const { return min(__ldg(counts + 1), (u32)LIST_LEN); }
     // Row number `i` of the longest, or FULL.
-    __device__ __forceinline__ u32 long_row(u32 i) const {
-        return i < min(__ldg(counts + 1), (u32)LIST_LEN) ? __ldg(longest + i) : FULL;
-    }
+    __device__ __forceinline__ u32 long_row(u32 i) const { return i < longs() ? __ldg(longest + i) : FULL; }
 };
 
 // A plan as it lies on the device. `entries_len` is the length of `entries` and `rows`, one less than that of `starts`.
@@ -70,6 +69,12 @@ template <int VEC> __device__ __forceinline__ Span warp_span(u32 dim) {
     const u32 from = min(threadIdx.x / 32 * width, dim);
     return {from, min(from + width, dim)};
 }
+
+// Where nobody asks for the dots of sources and their row. Whoever does holds the first HELD pieces of a warp's span.
+struct NoDots {
+    static constexpr bool WANTED = false;
+    static constexpr int HELD = 0;
+};
 
 // Entry e adds weights[e] * sources[e / bag]; `magic` divides by the bag. `len` entries.
 struct Gradient {
@@ -103,10 +108,11 @@ struct Gradient {
         row = divide(e, magic);
     }
 
-    // Adds `count` entries, which the lanes hold, to columns of a sum, AHEAD of them in flight.
-    template <int VEC, int AHEAD>
+    // Adds `count` entries, which the lanes hold, to columns of a sum, AHEAD of them in flight. `dots`
+    // gets what they read; its row is there.
+    template <int VEC, int AHEAD, class D>
     __device__ __forceinline__ void add_lanes(u32 lane_row, float lane_weight, u32 count, u32 column,
-                                              float (&sum)[VEC]) const {
+                                              float (&sum)[VEC], D& dots) const {
 #pragma unroll 1
         for (u32 j = 0; j < count; j += AHEAD) {
             float w[AHEAD], x[AHEAD][VEC];
@@ -123,22 +129,24 @@ struct Gradient {
                     for (int i = 0; i < VEC; i++) sum[i] += w[a] * x[a][i];
                 }
             }
+            if constexpr (D::WANTED) dots.multiply_all(j, x);
         }
     }
 
     // The sum of the first K entries, which the lanes hold: GROUP pieces of a warp's span at once, each handed to `out`.
-    template <int VEC, int GROUP, int K, class Out>
-    __device__ __forceinline__ void sum_few(u32 lane_row, float lane_weight, Span span, const Out& out) const {
+    template <int VEC, int GROUP, int K, class Out, class D>
+    __device__ __forceinline__ void sum_few(u32 lane_row, float lane_weight, Span span, const Out& out, D& dots) const {
         const u32 begin = span.from + threadIdx.x % 32 * VEC;
         const float* p[K];
-        float w[K];
+        float w[K], parts[K] = {};
 #pragma unroll
         for (int k = 0; k < K; k++) {
             p[k] = sources + (u64)__shfl_sync(FULL, lane_row, k) * dim + begin;
             w[k] = __shfl_sync(FULL, lane_weight, k);
         }
-#pragma unroll 1
-        for (u32 first = begin; first < span.to; first += GROUP * 32 * VEC) {
+        u32 first = begin;
+        // GROUP pieces, from number `piece` on.
+        const auto pieces = [&](int piece) {
             float x[GROUP][K][VEC];
 #pragma unroll
             for (int g = 0; g < GROUP; g++) {
@@ -146,10 +154,16 @@ struct Gradient {
                 for (int k = 0; k < K; k++) {
                     load<VEC>(p[k] + g * 32 * VEC, first + g * 32 * VEC < span.to, x[g][k]);
                 }
+                if constexpr (D::WANTED) dots.load(piece, g, first + g * 32 * VEC, first + g * 32 * VEC < span.to);
             }
 #pragma unroll
             for (int g = 0; g < GROUP; g++) {
                 if (first + g * 32 * VEC < span.to) {
+                    if constexpr (D::WANTED) {
+                        dots.take(piece, g);
+#pragma unroll
+                        for (int k = 0; k < K; k++) dots.multiply(x[g][k], parts[k]);
+                    }
                     float sum[VEC];
 #pragma unroll
                     for (int i = 0; i < VEC; i++) sum[i] = 0.0f;
@@ -163,7 +177,13 @@ struct Gradient {
             }
 #pragma unroll
             for (int k = 0; k < K; k++) p[k] += GROUP * 32 * VEC;
-        }
+            first += GROUP * 32 * VEC;
+        };
+#pragma unroll
+        for (int held = 0; held < D::HELD; held += GROUP) pieces(held);
+#pragma unroll 1
+        while (first < span.to) pieces(D::HELD);
+        if constexpr (D::WANTED) dots.add(0, parts);
     }
 
     // Columns of the sum over entries[start..end], a few entries ahead. Lanes of a warp fetch entries for each other, so
@@ -182,7 +202,8 @@ struct Gradient {
             const u32 row = next_row;
             const float weight = next_weight;
             if (k + 32 + lane < end) entry(plan, k + 32 + lane, next_row, next_weight);
-            add_lanes<VEC, AHEAD>(row, weight, min(32u, end - k), column, sum);
+            NoDots none;
+            add_lanes<VEC, AHEAD>(row, weight, min(32u, end - k), column, sum, none);
         }
     }
 
@@ -201,17 +222,21 @@ struct Gradient {
 
     // The sum over a short row, whose entries the lanes hold: the columns of a warp's span, as many of them in flight as
     // registers allow. A row of no entries, which is in no plan, is taken for one of the first.
-    template <int VEC, class Out>
-    __device__ __forceinline__ void sum_short(u32 len, u32 row, float weight, Span span, const Out& out) const {
-        if (len <= 1) return sum_few<VEC, 4, 1>(row, weight, span, out);
-        if (len == 2) return sum_few<VEC, 2, 2>(row, weight, span, out);
+    template <int VEC, class Out, class D>
+    __device__ __forceinline__ void sum_short(u32 len, u32 row, float weight, Span span, const Out& out, D& dots) const {
+        if (len <= 1) return sum_few<VEC, 4, 1>(row, weight, span, out, dots);
+        if (len == 2) return sum_few<VEC, 2, 2>(row, weight, span, out, dots);
 #pragma unroll 1
         for (u32 base = span.from; base < span.to; base += 32 * VEC) {
             const u32 column = base + threadIdx.x % 32 * VEC;
             float sum[VEC];
 #pragma unroll
             for (int i = 0; i < VEC; i++) sum[i] = 0.0f;
-            add_lanes<VEC, 3>(row, weight, len, column < span.to ? column : 0, sum);
+            if constexpr (D::WANTED) {
+                dots.load(D::HELD, 0, column, column < span.to);
+                dots.take(D::HELD, 0);
+            }
+            add_lanes<VEC, D::WANTED ? 2 : 3>(row, weight, len, column < span.to ? column : 0, sum, dots);
             if (column < span.to) out(column, sum);
         }
     }
@@ -220,8 +245,8 @@ struct Gradient {
 // A block's way through the rows of a plan. Each of the reads that a row needs waits for the one before it, so they are made
 // rounds ahead: the row's place in the plan three, its entries two, their weights one. Lanes hold an entry each.
 struct Walk {
-    // The row in hand: its place in the plan, how many entries it has, and of the lane's entry source and weight.
-    u32 u, len, row;
+    // The row in hand: its place in the plan, how many entries it has, and the lane's entry, its source and weight.
+    u32 u, len, held, row;
     float weight;
     u32 next_len, next_entry, next_row;
     float next_weight;
@@ -245,7 +270,8 @@ struct Walk {
         u32 start, end;
         range(plan, unique, u, start, end);
         len = end - start;
-        weigh(gradient, entry(plan, start, end), len, row, weight);
+        held = entry(plan, start, end);
+        weigh(gradient, held, len, row, weight);
         range(plan, unique, u + gridDim.x, start, end);
         next_len = end - start;
         next_entry = entry(plan, start, end);
@@ -260,7 +286,7 @@ struct Walk {
     // To the next row. Comes behind the work on this one.
     __device__ __forceinline__ void advance() {
         u += gridDim.x;
-        len = next_len, row = next_row, weight = next_weight;
+        len = next_len, held = next_entry, row = next_row, weight = next_weight;
         next_len = third_end - third_start, next_entry = third_entry;
         third_start = last_start, third_end = last_end;
     }

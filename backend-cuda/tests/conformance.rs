@@ -7,7 +7,7 @@ use std::path::Path;
 
 use memlayer_core::ops::bag::{BagDot, BagSum};
 use memlayer_core::ops::dense::Linear;
-use memlayer_core::ops::optim::{Rounding, RowRule, RowUpdate, RowwiseAdagrad, Sgd, Step};
+use memlayer_core::ops::optim::{Adagrad, Adam, Rounding, RowRule, RowUpdate, RowwiseAdagrad, RowwiseAdam, Sgd, Step};
 use memlayer_core::ops::plan::{PlanBuffers, RowGradient};
 use memlayer_core::ops::select::{Select, SelectDims};
 use memlayer_core::ops::{Dense, EmbeddingBag, RowReduce, SelectRows};
@@ -140,6 +140,81 @@ fn wide_rows_do_not_disturb_each_other() {
             let found = step(&cuda, &rule, &the_step, &case, &table, &ids);
             cuda.synchronize().expect("an update");
             assert!(expected == found, "{rows} rows of {dim}");
+        }
+    }
+}
+
+/// Rows of all three lengths, in one pass with their dots and in two: the same bits in table and state, dots within their
+/// bound, and those the same from run to run.
+fn check_one_pass<E: Trainable + PartialEq, O>(cuda: &Cuda, rule: &O, case: &Case, table: &[E], ids: &[u32])
+where
+    O: RowRule + memlayer_cuda::DeviceRule,
+{
+    let (entries, dim, bag) = (ids.len(), case.dim, case.bag);
+    let mut the_step = Step::new(0.1, 3);
+    the_step.rounding = Rounding::Stochastic { seed: 99 };
+    let state_len = rule.state_len(dim);
+    let (mut codes, mut state) =
+        (cuda.upload(table).expect("a table"), cuda.zeros::<f32>(case.rows * state_len).expect("a state"));
+    update(cuda, rule, &the_step, case, &mut codes, &mut state, ids);
+    let expected = (TestDevice::download(cuda, &codes), TestDevice::download(cuda, &state));
+
+    let there = cuda.upload(ids).expect("ids");
+    let mut buffer = cuda.zeros::<u32>(PlanBuffers::<Cuda>::ids_len(entries)).expect("a plan");
+    let (mut plan, _) = PlanBuffers::<Cuda>::carve(buffer.view_mut(), entries).expect("a plan");
+    let mut scratch = Memory::new(cuda, cuda.plan_scratch(entries));
+    cuda.plan(there.view(), case.rows, plan.reborrow(), scratch.lend()).expect("a plan");
+    let (weights, sources) =
+        (cuda.upload(&case.weights).expect("weights"), cuda.upload(&case.sources).expect("sources"));
+    let req = RowUpdate::<TrainRows<'_, E>, O>::dot_reduce_and_update_scratch(cuda, dim, entries);
+    let mut scratch = Memory::new(cuda, req);
+    let mut before: Option<Vec<f32>> = None;
+    for _ in 0..3 {
+        let (mut codes, mut state) =
+            (cuda.upload(table).expect("a table"), cuda.zeros::<f32>(case.rows * state_len).expect("a state"));
+        let mut dots = cuda.upload(&vec![f32::NAN; entries]).expect("dots");
+        let rows = TrainRows::new(codes.view_mut(), dim, state.view_mut(), state_len).expect("rows");
+        let gradient = RowGradient { bag, dim, weights: weights.view(), sources: sources.view() };
+        let out = dots.view_mut();
+        cuda.dot_reduce_and_update(rows, rule, &the_step, plan.plan(), gradient, out, scratch.lend()).expect("a pass");
+        cuda.synchronize().expect("a pass");
+        let found = (TestDevice::download(cuda, &codes), TestDevice::download(cuda, &state));
+        assert!(expected.0 == found.0, "rows of {dim}");
+        assert_same_bits(&expected.1, &found.1, "state");
+        let dots: Vec<f32> = TestDevice::download(cuda, &dots);
+        for (e, (&found, &id)) in dots.iter().zip(ids).enumerate() {
+            let (row, source) = (&table[id as usize * dim..][..dim], &case.sources[e / bag * dim..][..dim]);
+            let terms = (0..dim).map(|v| f64::from(E::value::<f32>(row, v)) * f64::from(source[v]));
+            let (sum, size) = terms.fold((0.0, 0.0), |(sum, size): (f64, f64), t| (sum + t, size + t.abs()));
+            let bound = 40.0 * f64::from(f32::EPSILON) * size;
+            assert!((f64::from(found) - sum).abs() <= bound, "dot {e} with rows of {dim}: {found}, not {sum}");
+        }
+        if let Some(before) = &before {
+            assert_same_bits(before, &dots, "dots");
+        }
+        before = Some(dots);
+    }
+}
+
+#[test]
+fn one_pass_over_the_rows_does_what_two_do() {
+    let Some(cuda) = cuda() else { return skipped("cuda") };
+    for (seed, dim) in [(1, 64), (2, 100), (3, 17), (4, 1024), (5, 2000), (6, 4096), (7, 1), (8, 30_000)] {
+        let mut random = Random::new(seed);
+        let (rows, bag, entries) = if dim > 10_000 { (40, 4, 640) } else { (900, 4, 4000) };
+        let case = Case::new(&mut random, rows, dim, bag, entries);
+        let ids = random.ids(entries, rows).into_iter();
+        let ids: Vec<u32> = ids.map(|id| [5, id % 20, id, id, id][id as usize % 5]).collect();
+        let reals = random.reals::<f32>(rows * dim);
+        let codes: Vec<Bf16> = reals.iter().map(|&x| Bf16::from_f32(x)).collect();
+        check_one_pass(&cuda, &RowwiseAdagrad { eps: 1e-8 }, &case, &codes, &ids);
+        if dim < 30_000 {
+            check_one_pass(&cuda, &RowwiseAdagrad { eps: 1e-8 }, &case, &reals, &ids);
+            check_one_pass(&cuda, &Sgd, &case, &codes, &ids);
+            check_one_pass(&cuda, &Adagrad { eps: 1e-8 }, &case, &reals, &ids);
+            let (betas, eps) = ((0.9, 0.99), 1e-8);
+            check_one_pass(&cuda, &Adam { betas, eps }, &case, &codes, &ids);
+            check_one_pass(&cuda, &RowwiseAdam { betas, eps }, &case, &codes, &ids);
         }
     }
 }

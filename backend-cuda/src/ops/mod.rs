@@ -13,7 +13,7 @@ use memlayer_core::ArgError;
 use crate::error::CudaError;
 
 /// The operations that a kernel can find an id in that is no row, by the numbers they raise the flag with.
-const NAMES: [&str; 11] = [
+const NAMES: [&str; 12] = [
     "",
     "bag_sum",
     "bag_dot",
@@ -25,6 +25,7 @@ const NAMES: [&str; 11] = [
     "square_sum",
     "load",
     "translate",
+    "dot_reduce_and_update",
 ];
 
 /// The number of an operation.

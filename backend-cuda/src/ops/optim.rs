@@ -18,6 +18,8 @@ use crate::memory::{TrainRows, View, ViewMut};
 
 /// Gradients of long rows that [`RowUpdate::reduce_and_update`] holds at a time.
 const SLOTS: usize = 512;
+/// Threads of a block that finds the dots of rows that are not short.
+const DOT_BLOCK: u32 = 128;
 
 /// What all rows of a step share, as kernels take it.
 #[repr(C)]
@@ -214,12 +216,48 @@ impl<E: Trainable, O: DeviceRule> RowUpdate<TrainRows<'_, E>, O> for Cuda {
         gradient: RowGradient<'_, Self>,
         scratch: Scratch<'_, Self>,
     ) -> Result<(), CudaError> {
-        const OP: &str = "reduce_and_update";
-        gradient.check(OP, &plan)?;
-        check_len(OP, "width of the gradient", table.dim, gradient.dim)?;
-        scratch.check(OP, RowUpdate::<TrainRows<'_, E>, O>::reduce_and_update_scratch(self, table.dim))?;
-        let update = self.update_of(OP, &table, rule, step, &plan)?;
-        let gradient = GradientArg::new(OP, &gradient)?;
+        self.change_rows("reduce_and_update", table, rule, step, plan, gradient, None, scratch)
+    }
+
+    fn dot_reduce_and_update_scratch(&self, dim: usize, _entries: usize) -> ScratchReq {
+        RowUpdate::<TrainRows<'_, E>, O>::reduce_and_update_scratch(self, dim)
+    }
+
+    fn dot_reduce_and_update(
+        &self,
+        table: TrainRows<'_, E>,
+        rule: &O,
+        step: &Step,
+        plan: RowPlan<'_, Self>,
+        gradient: RowGradient<'_, Self>,
+        dots: ViewMut<'_, f32>,
+        scratch: Scratch<'_, Self>,
+    ) -> Result<(), CudaError> {
+        const OP: &str = "dot_reduce_and_update";
+        check_len(OP, "dots", plan.entries.len(), dots.len())?;
+        self.change_rows(OP, table, rule, step, plan, gradient, Some(dots), scratch)
+    }
+}
+
+impl Cuda {
+    /// Sums the gradients of rows and applies them; where `dots` are wanted, each entry's is found before its row changes.
+    #[allow(clippy::too_many_arguments, reason = "what the operations take, and where the dots go")]
+    fn change_rows<E: Trainable, O: DeviceRule>(
+        &self,
+        op: &'static str,
+        table: TrainRows<'_, E>,
+        rule: &O,
+        step: &Step,
+        plan: RowPlan<'_, Self>,
+        gradient: RowGradient<'_, Self>,
+        dots: Option<ViewMut<'_, f32>>,
+        scratch: Scratch<'_, Self>,
+    ) -> Result<(), CudaError> {
+        gradient.check(op, &plan)?;
+        check_len(op, "width of the gradient", table.dim, gradient.dim)?;
+        scratch.check(op, RowUpdate::<TrainRows<'_, E>, O>::reduce_and_update_scratch(self, table.dim))?;
+        let update = self.update_of(op, &table, rule, step, &plan)?;
+        let gradient = GradientArg::new(op, &gradient)?;
         let entries = plan.entries.len();
         if entries == 0 {
             return Ok(());
@@ -228,12 +266,29 @@ impl<E: Trainable, O: DeviceRule> RowUpdate<TrainRows<'_, E>, O> for Cuda {
         let wide = update.wide && gradient.is_wide();
         let args = || {
             let args = update.args().value(gradient).value(lists);
-            args.value(self.flag.view().pointer()).value(number_of(OP))
+            args.value(self.flag.view().pointer()).value(number_of(op))
         };
-        let kernel = self.kernels.get(update.variant, if wide { "update_short_4" } else { "update_short_1" })?;
         let block = short_block(update.pieces(wide));
-        let shape = Shape::new(self.row_blocks(entries, block), block).shared(update.shared);
-        self.stream.launch(&kernel, shape, &mut args())?;
+        // A float a thread where warps share a row and add up their parts of a dot.
+        let parts = if block > 32 { block as usize * size_of::<f32>() } else { 0 };
+        let shape = Shape::new(self.row_blocks(entries, block), block);
+        if let Some(dots) = &dots {
+            let kernel = self.kernels.get(update.variant, if wide { "dot_short_4" } else { "dot_short_1" })?;
+            let mut args = update.args().value(gradient).value(lists).write(dots);
+            args = args.value(self.flag.view().pointer()).value(number_of(op));
+            self.stream.launch(&kernel, shape.shared(update.shared + parts), &mut args)?;
+            if entries > SHORT {
+                let kernel = self.kernels.get(update.variant, if wide { "dot_rows_4" } else { "dot_rows_1" })?;
+                let mut args =
+                    Args::new().value(update.rows).value(update.plan).value(gradient).value(lists).write(dots);
+                args = args.value(self.flag.view().pointer());
+                let blocks = self.row_blocks(entries.div_ceil(SHORT), DOT_BLOCK);
+                self.stream.launch(&kernel, Shape::new(blocks, DOT_BLOCK), &mut args)?;
+            }
+        } else {
+            let kernel = self.kernels.get(update.variant, if wide { "update_short_4" } else { "update_short_1" })?;
+            self.stream.launch(&kernel, shape.shared(update.shared), &mut args())?;
+        }
         if entries > SHORT {
             let kernel = self.kernels.get(update.variant, if wide { "update_middle_4" } else { "update_middle_1" })?;
             let block = row_block(update.pieces(wide));
@@ -246,26 +301,6 @@ impl<E: Trainable, O: DeviceRule> RowUpdate<TrainRows<'_, E>, O> for Cuda {
         }
         Ok(())
     }
-
-    fn dot_reduce_and_update_scratch(&self, dim: usize, _entries: usize) -> ScratchReq {
-        RowUpdate::<TrainRows<'_, E>, O>::reduce_and_update_scratch(self, dim)
-    }
-
-    fn dot_reduce_and_update(
-        &self,
-        _table: TrainRows<'_, E>,
-        _rule: &O,
-        _step: &Step,
-        _plan: RowPlan<'_, Self>,
-        _gradient: RowGradient<'_, Self>,
-        _dots: ViewMut<'_, f32>,
-        _scratch: Scratch<'_, Self>,
-    ) -> Result<(), CudaError> {
-        Err(CudaError::Unsupported { op: "dot_reduce_and_update", what: "dots in the pass of an update" })
-    }
-}
-
-impl Cuda {
     /// Sums and applies the gradients of the longest rows. The plan stays on the device, so how many they are is not
     /// known here: there are launches for as many as there can be, SLOTS at a time.
     fn update_long_rows(

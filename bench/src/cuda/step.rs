@@ -73,6 +73,15 @@ impl Bench<'_> {
                 cuda.reduce_and_update(rows, &rule, &step, plan.plan(), gradient, scratch)?;
             }};
         }
+        macro_rules! dot_and_change {
+            () => {{
+                let rows = TrainRows::new(codes.view_mut(), width, state.view_mut(), 1).expect("a state for each row");
+                let gradient = RowGradient { bag: BAG, dim: width, weights: weights.view(), sources: dout.view() };
+                let scratch = Scratch { reals: slots_scratch.view_mut(), ids: no_ids.view_mut() };
+                let dots = dots.view_mut();
+                cuda.dot_reduce_and_update(rows, &rule, &step, plan.plan(), gradient, dots, scratch)?;
+            }};
+        }
         // The rows a step touches: how many there are decides what must be moved.
         plan!(0);
         let mut unique = [0u32];
@@ -95,6 +104,11 @@ impl Bench<'_> {
                 Ok(())
             })?;
             self.report(Case { op: "reduce_and_update", ..row }, change, ms);
+            let ms = self.time(|_| {
+                dot_and_change!();
+                Ok(())
+            })?;
+            self.report(Case { op: "dot_reduce_and_update", ..row }, change + e * 4.0, ms);
         }
         if self.wants("sparse") {
             let mut grads = cuda.zeros::<f32>(entries * width)?;
@@ -132,12 +146,20 @@ impl Bench<'_> {
         if self.wants("step") {
             let ms = self.time(|set| {
                 sum!(set);
+                plan!(set);
+                dot_and_change!();
+                Ok(())
+            })?;
+            self.report(Case { op: "step", ..row }, sum + change + e * 4.0, ms);
+            // The dots by themselves, as where a gradient is clipped before it is applied.
+            let ms = self.time(|set| {
+                sum!(set);
                 dot!(set);
                 plan!(set);
                 change!();
                 Ok(())
             })?;
-            self.report(Case { op: "step", ..row }, sum + dot + change, ms);
+            self.report(Case { op: "step in two passes", ..row }, sum + dot + change, ms);
         }
         Ok(())
     }
