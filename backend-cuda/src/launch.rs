@@ -25,6 +25,7 @@ use memlayer_core::Item;
 
 use crate::error::CudaError;
 use crate::memory::{View, ViewMut};
+use crate::recording::{alone, apart};
 
 /// Gives a driver error the name of the call it came from.
 fn driver(call: &'static str) -> impl Fn(DriverError) -> CudaError {
@@ -63,7 +64,7 @@ impl Stream {
     /// The device's primary context and a new stream in it.
     pub(crate) fn open(ordinal: usize) -> Result<Self, CudaError> {
         check_libraries()?;
-        let context = CudaContext::new(ordinal).map_err(|error| match error.0 {
+        let context = apart(|| CudaContext::new(ordinal)).map_err(|error| match error.0 {
             sys::CUresult::CUDA_ERROR_NO_DEVICE | sys::CUresult::CUDA_ERROR_INVALID_DEVICE => {
                 CudaError::NoDevice(ordinal)
             }
@@ -251,6 +252,10 @@ impl Stream {
 
     /// Runs `record`, whose launches are kept instead of made, and gives what was kept.
     pub(crate) fn capture(&self, record: impl FnOnce() -> Result<(), CudaError>) -> Result<CudaGraph, CudaError> {
+        alone(|| self.capture_alone(record))
+    }
+
+    fn capture_alone(&self, record: impl FnOnce() -> Result<(), CudaError>) -> Result<CudaGraph, CudaError> {
         self.stream
             .begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
             .map_err(driver("cuStreamBeginCapture"))?;
@@ -352,7 +357,8 @@ impl<T: Item> Pinned<T> {
         }
         stream.bind()?;
         // SAFETY: a context is bound. What is returned is that many bytes of no one else's, aligned to a page.
-        let memory = unsafe { result::malloc_host(bytes, sys::CU_MEMHOSTALLOC_DEVICEMAP) }.map_err(driver(CALL))?;
+        let memory =
+            apart(|| unsafe { result::malloc_host(bytes, sys::CU_MEMHOSTALLOC_DEVICEMAP) }).map_err(driver(CALL))?;
         (this.memory, this.len) = (NonNull::new(memory.cast()).ok_or_else(no_memory)?, len);
         // SAFETY: the memory is that long. All bits zero make a `T` (it is `Pod`).
         unsafe { core::ptr::write_bytes(this.memory.as_ptr(), 0, len) };
@@ -381,7 +387,7 @@ impl<T> Drop for Pinned<T> {
     fn drop(&mut self) {
         if self.len > 0 && self.stream.synchronize().is_ok() && self.stream.bind().is_ok() {
             // SAFETY: the memory came from `malloc_host`, is freed once, and the work that reached it is over.
-            let _ = unsafe { result::free_host(self.memory.as_ptr().cast()) };
+            let _ = apart(|| unsafe { result::free_host(self.memory.as_ptr().cast()) });
         }
     }
 }
@@ -502,7 +508,8 @@ impl Module {
         stream.bind()?;
         // SAFETY: the image is what the compiler gave, or a file whose checksum says that it is; the driver checks
         // its headers and copies it.
-        let handle = unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(driver("cuModuleLoadData"))?;
+        let handle = apart(|| unsafe { result::module::load_data(image.as_ptr().cast()) });
+        let handle = handle.map_err(driver("cuModuleLoadData"))?;
         Ok(Self { handle, stream: stream.clone() })
     }
 }
@@ -512,7 +519,7 @@ impl Drop for Module {
         // Work that still runs a kernel of this module must be over.
         if self.stream.synchronize().is_ok() {
             // SAFETY: the module is alive, nothing runs in it, and kernels of it hold it alive.
-            let _ = unsafe { result::module::unload(self.handle) };
+            let _ = apart(|| unsafe { result::module::unload(self.handle) });
         }
     }
 }
@@ -539,7 +546,7 @@ impl Kernel {
         module.stream.bind()?;
         let c_name = CString::new(name).unwrap_or_default();
         // SAFETY: the module is alive.
-        let handle = unsafe { result::module::get_function(module.handle, c_name) }.map_err(driver(name))?;
+        let handle = apart(|| unsafe { result::module::get_function(module.handle, c_name) }).map_err(driver(name))?;
         let mut sizes = Vec::new();
         let (mut offset, mut size) = (0, 0);
         // SAFETY: the function is alive and both pointers are to locals; behind the last parameter this is an error.
@@ -646,7 +653,7 @@ impl Blas {
     pub(crate) fn new(stream: &Stream) -> Result<Self, CudaError> {
         stream.bind()?;
         let workspace = stream.allocate(BLAS_WORKSPACE)?;
-        let handle = blas::create_handle().map_err(blas_error("cublasCreate"))?;
+        let handle = apart(blas::create_handle).map_err(blas_error("cublasCreate"))?;
         let this = Self { handle: Mutex::new(Handle(handle)), stream: stream.clone(), _workspace: workspace };
         // SAFETY: handle and stream are alive and of one context; the workspace is kept as long as the handle.
         // Setting the stream resets the workspace, so it comes second.
@@ -675,6 +682,9 @@ impl Blas {
         }
         let too_large = |_| CudaError::Blas { call: CALL, error: "a matrix has 2^31 rows or columns".to_owned() };
         let int = |x: usize| c_int::try_from(x).map_err(too_large);
+        let (m, n, k, batch) = (int(m)?, int(n)?, int(k)?, int(product.batch)?);
+        let (a_stride, b_stride, out_stride) =
+            (int(product.a.stride)?, int(product.b.stride)?, int(product.out.stride)?);
         let step = |x: usize| i64::try_from(x).unwrap_or(i64::MAX);
         let op = |matrix: &Matrix| if matrix.transposed { CUBLAS_OP_T } else { CUBLAS_OP_N };
         let (alpha, beta) = (1.0f32, if product.accumulate { 1.0f32 } else { 0.0 });
@@ -685,35 +695,36 @@ impl Blas {
         self.stream.bind()?;
         let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
         // cuBLAS counts by columns, where a row-major matrix is its transpose: outᵀ = bᵀ · aᵀ.
+        // The first product of a kind loads code.
         // SAFETY: the handle is alive; alpha and beta are locals that the call reads; the matrices lie in views whose
         // lengths the operation checked against these sizes.
-        unsafe {
+        apart(|| unsafe {
             blas::gemm_strided_batched_ex(
                 handle.0,
                 op(&product.b),
                 op(&product.a),
-                int(n)?,
-                int(m)?,
-                int(k)?,
+                n,
+                m,
+                k,
                 (&raw const alpha).cast(),
                 product.b.pointer as *const c_void,
                 of,
-                int(product.b.stride)?,
+                b_stride,
                 step(product.b.batch),
                 product.a.pointer as *const c_void,
                 of,
-                int(product.a.stride)?,
+                a_stride,
                 step(product.a.batch),
                 (&raw const beta).cast(),
                 product.out.pointer as *mut c_void,
                 blas_sys::cudaDataType_t::CUDA_R_32F,
-                int(product.out.stride)?,
+                out_stride,
                 step(product.out.batch),
-                int(product.batch)?,
+                batch,
                 blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
                 blas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
             )
-        }
+        })
         .map_err(blas_error(CALL))
     }
 }
@@ -723,7 +734,7 @@ impl Drop for Blas {
         if self.stream.synchronize().is_ok() {
             let handle = self.handle.get_mut().unwrap_or_else(PoisonError::into_inner);
             // SAFETY: the handle is alive, is destroyed once, and its work is over.
-            let _ = unsafe { blas::destroy_handle(handle.0) };
+            let _ = apart(|| unsafe { blas::destroy_handle(handle.0) });
         }
     }
 }

@@ -30,6 +30,7 @@ mod kernels;
 mod launch;
 mod memory;
 mod ops;
+mod recording;
 
 use core::ops::Range;
 use std::path::PathBuf;

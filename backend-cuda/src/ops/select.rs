@@ -349,20 +349,19 @@ impl Cuda {
         let from = tokens.start * dims.heads * k;
         let part = |pointer: u64| pointer + (from * 4) as u64;
         let rows = tokens.len() * dims.heads;
+        // What both ways begin with, and where both write.
+        let sizes = |args: Args| {
+            let (heads, parts) = (size(OP, "heads", dims.heads)?, size(OP, "parts", dims.parts)?);
+            Ok::<_, CudaError>(args.value(tile).value(heads).value(parts).value(n).value(top_k))
+        };
+        let outputs = |launch: Args| {
+            let launch = launch.value(part(args.ids.pointer())).value(part(args.scores.pointer()));
+            launch.value(part(args.weights.pointer()))
+        };
         // Blocks that are on the device at once anyway: then each head's steps are as few as can be.
         if k <= FEW_K && rows <= 2 * self.properties.multiprocessors as usize {
             let kernel = self.kernels.get(Variant::of(File::Select), "select_few")?;
-            let mut launch = Args::new()
-                .write(scores)
-                .value(tile)
-                .value(size(OP, "heads", dims.heads)?)
-                .value(size(OP, "parts", dims.parts)?)
-                .value(n)
-                .value(top_k)
-                .value(size(OP, "top_k", pairs(k))?)
-                .value(part(args.ids.pointer()))
-                .value(part(args.scores.pointer()))
-                .value(part(args.weights.pointer()));
+            let mut launch = outputs(sizes(Args::new().write(scores))?.value(size(OP, "top_k", pairs(k))?));
             return self.stream.launch(&kernel, Shape::new(rows, FEW_THREADS).early(), &mut launch);
         }
         let (name, capacity) = half_kernel(k);
@@ -386,20 +385,12 @@ impl Cuda {
         let warp_bytes = (capacity + 4 * k) * 8;
         let warps = warps_for(warp_bytes);
         let kernel = self.kernels.get(Variant::of(File::Select), "select_pairs")?;
-        let mut launch = Args::new()
-            .write(scores)
-            .value(tile)
-            .value(size(OP, "heads", dims.heads)?)
-            .value(size(OP, "parts", dims.parts)?)
-            .value(n)
-            .value(top_k)
+        let mut launch = sizes(Args::new().write(scores))?
             .value(size(OP, "top_k", pairs)?)
             .value(size(OP, "top_k", capacity)?)
             .write(list_keys)
-            .write(list_ids)
-            .value(part(args.ids.pointer()))
-            .value(part(args.scores.pointer()))
-            .value(part(args.weights.pointer()));
+            .write(list_ids);
+        launch = outputs(launch);
         let blocks = rows.div_ceil(warps).min(self.properties.multiprocessors as usize * 16);
         let shape = Shape::new(blocks, warps_block(warps)).shared(warps * warp_bytes + pairs * 4);
         self.stream.launch(&kernel, shape, &mut launch)
