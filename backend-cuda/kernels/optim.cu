@@ -31,6 +31,15 @@
 #define SHORT_BOUNDS 256, 4
 #endif
 
+// The same where dots are found too. Rules without a rate of rows read each piece twice at the same time.
+#if RULE == ADAGRAD || RULE == ADAM
+#define DOT_BOUNDS 256, 2
+#elif RULE == SGD
+#define DOT_BOUNDS 256, 3
+#else
+#define DOT_BOUNDS SHORT_BOUNDS
+#endif
+
 // Pieces of a row that a thread holds at once where the rate of the row must be found first.
 #if RULE == ROWWISE_ADAM || ELEM == F32
 #define PIECES 2
@@ -599,7 +608,7 @@ __device__ __forceinline__ void update_long(const Rows& table, const Step& step,
         extern __shared__ __align__(16) float shared[];                                                               \
         update_short<VEC, false>(table, step, plan, gradient, lists, nullptr, shared, flag, op);                      \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(SHORT_BOUNDS) dot_short_##VEC(                                         \
+    extern "C" __global__ void __launch_bounds__(DOT_BOUNDS) dot_short_##VEC(                                           \
         Rows table, Step step, Plan plan, Gradient gradient, Lists lists, float* dots, u32* flag, u32 op) {           \
         extern __shared__ __align__(16) float shared[];                                                               \
         update_short<VEC, true>(table, step, plan, gradient, lists, dots, shared, flag, op);                          \
