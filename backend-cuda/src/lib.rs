@@ -239,7 +239,9 @@ impl Cuda {
     /// launch. They are not run now. Run them once before, so that their kernels are compiled.
     ///
     /// `record` is a plain function so that it can reach no buffer but those of `state`, which the graph owns: a graph
-    /// must not outlive what it reads and writes.
+    /// must not outlive what it reads and writes. Run the operations once before: loading their kernels is nothing that can
+    /// be recorded. One recording is made at a time, and other threads make and end no [`Cuda`] and load no kernels meanwhile:
+    /// `record` must not wait for such a thread. Another library that waits for the whole context breaks a recording.
     ///
     /// # Errors
     /// What `record` reports, or the driver's.

@@ -31,7 +31,11 @@ impl Bench<'_> {
             self.bags_of(TOKENS, width, 1 << 20, e4m3)?;
             self.bags_of(TOKENS, width, 1 << 20, int4)?;
         }
-        self.bags_of(TOKENS, 1024, 1 << 22, Bf16::from_f32)?;
+        for slots in [1 << 22, 1 << 24] {
+            self.bags_of(TOKENS, 1024, slots, Bf16::from_f32)?;
+            self.bags_of(TOKENS, 1024, slots, int8)?;
+            self.bags_of(TOKENS, 1024, slots, e4m3)?;
+        }
         for tokens in [1, 32, 32_768] {
             self.bags_of(tokens, 1024, 1 << 20, Bf16::from_f32)?;
         }
