@@ -6,7 +6,7 @@ use memlayer_core::ArgError;
 use memlayer_core::error::check_ids;
 
 use crate::Cpu;
-use crate::isa::{Simd, dispatch};
+use crate::isa::{Level, Simd, dispatch};
 use crate::ops::piece;
 
 /// Bytes of a row that are read in one go.
@@ -106,12 +106,12 @@ impl Part<'_> {
                 let (rest, at) = if last { (behind, 0) } else { (group, col + BLOCK) };
                 let inside = group.len().saturating_sub(ahead);
                 for (&id, &next) in group[..inside].iter().zip(&group[group.len() - inside..]) {
-                    s.prefetch_all(rows.block(self.table, next, col));
+                    s.prefetch_all(Level::Second, rows.block(self.table, next, col));
                     touch(&mut sum, rows.block(self.table, id, col));
                 }
                 for (l, &id) in group.iter().enumerate().skip(inside) {
                     if let Some(&next) = rest.get(l + ahead - group.len()) {
-                        s.prefetch_all(rows.block(self.table, next, at));
+                        s.prefetch_all(Level::Second, rows.block(self.table, next, at));
                     }
                     touch(&mut sum, rows.block(self.table, id, col));
                 }

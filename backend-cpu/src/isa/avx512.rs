@@ -5,8 +5,8 @@ use core::arch::x86_64::*;
 use memlayer_core::Element;
 use memlayer_core::element::Format;
 
-use super::Simd;
 use super::rows::{self, Nibbles};
+use super::{Level, Simd};
 
 /// The CPU has AVX-512 F, BW, DQ and VL, AVX2 and FMA, and the system saves their registers.
 #[derive(Clone, Copy, Debug)]
@@ -195,9 +195,12 @@ impl Simd for Avx512 {
         });
     }
     #[inline(always)]
-    fn prefetch(self, at: *const u8) {
+    fn prefetch(self, level: Level, at: *const u8) {
         // A prefetch of any address is no access.
-        have!(self, _mm_prefetch::<_MM_HINT_T1>(at.cast()));
+        match level {
+            Level::First => have!(self, _mm_prefetch::<_MM_HINT_T0>(at.cast())),
+            Level::Second => have!(self, _mm_prefetch::<_MM_HINT_T1>(at.cast())),
+        }
     }
     #[inline(always)]
     fn widen<E: Element>(self, codes: &[E], col: usize) -> __m512 {

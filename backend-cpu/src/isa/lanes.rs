@@ -3,7 +3,7 @@
 //! [`Lanes<4>`] is the scalar instruction set; inside the kernels of others, narrow ones take the columns that fill
 //! no vector.
 
-use super::Simd;
+use super::{Level, Simd};
 
 /// Vectors of `L` scalars, without an instruction set of their own.
 #[derive(Clone, Copy, Debug)]
@@ -88,15 +88,20 @@ impl<const L: usize> Simd for Lanes<L> {
         core::array::from_fn(|i| count[i] + if i > lane && a[i] == b[i] { 1.0 } else { 0.0 })
     }
     #[inline(always)]
-    fn prefetch(self, at: *const u8) {
+    fn prefetch(self, level: Level, at: *const u8) {
         #[cfg(target_arch = "x86_64")]
         {
-            use core::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            use core::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
             // SAFETY: SSE is part of x86-64, and a prefetch of any address is no access.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+            unsafe {
+                match level {
+                    Level::First => _mm_prefetch::<_MM_HINT_T0>(at.cast()),
+                    Level::Second => _mm_prefetch::<_MM_HINT_T1>(at.cast()),
+                }
+            }
         }
         #[cfg(not(target_arch = "x86_64"))]
-        let _ = at;
+        let _ = (level, at);
     }
     #[inline(always)]
     unsafe fn load_at(self, from: *const f32) -> [f32; L] {

@@ -147,6 +147,15 @@ macro_rules! dispatch {
 }
 pub(crate) use dispatch;
 
+/// A cache.
+#[derive(Clone, Copy)]
+pub(crate) enum Level {
+    /// The nearest: for what is read next.
+    First,
+    /// It has more lines under way at a time than the first, which is what limits reads of rows all over memory.
+    Second,
+}
+
 /// Vectors of `f32` of one instruction set.
 ///
 /// `mul` then `add` is never fused: vertical sums rely on it. Positions are counted in floats from [`Simd::COUNT`],
@@ -227,9 +236,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
             }
         }
     }
-    /// Asks for the cache line of `at`, which may be any address, in the second-level cache: it has more lines under way at a
-    /// time than the first, which is what limits reads of rows all over memory.
-    fn prefetch(self, at: *const u8);
+    /// Asks for the cache line of `at`, which may be any address.
+    fn prefetch(self, level: Level, at: *const u8);
 
     /// `LANES` scalars from `from` on.
     ///
@@ -275,10 +283,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     }
     /// Asks for every cache line of `memory`.
     #[inline(always)]
-    fn prefetch_all<T>(self, memory: &[T]) {
+    fn prefetch_all<T>(self, level: Level, memory: &[T]) {
         let (start, bytes) = (memory.as_ptr().cast::<u8>(), size_of_val(memory));
         for at in (0..bytes).step_by(64) {
-            self.prefetch(start.wrapping_add(at));
+            self.prefetch(level, start.wrapping_add(at));
         }
     }
 }

@@ -3,7 +3,7 @@
 use core::arch::aarch64::*;
 use core::arch::asm;
 
-use super::Simd;
+use super::{Level, Simd};
 
 /// The CPU has NEON.
 #[derive(Clone, Copy, Debug)]
@@ -113,9 +113,14 @@ impl Simd for Neon {
         self.count(count, mask)
     }
     #[inline(always)]
-    fn prefetch(self, at: *const u8) {
-        // SAFETY: a prefetch of any address is no access; the instruction touches no register, flag or stack.
-        unsafe { asm!("prfm pldl2keep, [{0}]", in(reg) at, options(nostack, preserves_flags, readonly)) }
+    fn prefetch(self, level: Level, at: *const u8) {
+        // SAFETY: a prefetch of any address is no access; the instructions touch no register, flag or stack.
+        unsafe {
+            match level {
+                Level::First => asm!("prfm pldl1keep, [{0}]", in(reg) at, options(nostack, preserves_flags, readonly)),
+                Level::Second => asm!("prfm pldl2keep, [{0}]", in(reg) at, options(nostack, preserves_flags, readonly)),
+            }
+        }
     }
     #[inline(always)]
     unsafe fn load_at(self, from: *const f32) -> float32x4_t {

@@ -8,11 +8,14 @@ use memlayer_core::{ArgError, Element, RowStore};
 
 use crate::Cpu;
 use crate::isa::rows::{Columns, add_row, columns, dot_row};
-use crate::isa::{Simd, dispatch};
+use crate::isa::{Level, Simd, dispatch};
 use crate::ops::piece;
 
 /// Bytes that are asked for before they are summed, as whole rows of a block; of the smallest rows half of that.
 const AHEAD: usize = 8192;
+
+/// Rows between the one that is summed and the one that is asked for a second time.
+const NEAR: usize = 4;
 
 /// About how long a row of `dim` values takes, in nanoseconds.
 pub(super) fn row_cost(dim: usize) -> usize {
@@ -79,7 +82,9 @@ fn ahead<E: Element>(width: usize) -> usize {
 }
 
 /// Asks for the row that comes [`AHEAD`] bytes after row `l` of a bag: in this block of columns, the next block, or
-/// the next bag, whose rows follow if `row` knows them.
+/// the next bag, whose rows follow if `row` knows them. It comes to the second-level cache; a row that is [`NEAR`], and more
+/// than two lines, is then asked for in the first: what is widened is loaded a part of a line at a time, and all parts of a
+/// line would wait for it. Not so f32, which is loaded a line at a time, and e4m3, whose decoding takes longer than that.
 #[inline(always)]
 fn ask<S: Simd, T: RowStore>(
     s: S,
@@ -88,6 +93,14 @@ fn ask<S: Simd, T: RowStore>(
     (l, bag): (usize, usize),
     (col, width): (usize, usize),
 ) {
+    if T::Elem::codes(width) * size_of::<T::Elem>() > 128
+        && !matches!(T::Elem::FORMAT, Format::F32 | Format::E4m3)
+        && l + NEAR < bag
+        && let Some(id) = row(l + NEAR)
+        && let Some(codes) = table.row(id).codes.get(T::Elem::codes(col)..T::Elem::codes(col) + T::Elem::codes(width))
+    {
+        s.prefetch_all(Level::First, &codes[..T::Elem::codes(width)]);
+    }
     let ahead = l + ahead::<T::Elem>(width);
     let (l, start) = match (ahead < bag, col + width < table.dim()) {
         (true, _) => (ahead, col),
@@ -100,7 +113,7 @@ fn ask<S: Simd, T: RowStore>(
             table.prefetch(id);
             // Where there are none their address is no memory's, and asking for it costs a walk of the page tables.
             if let Some(scale) = row.scales.first() {
-                s.prefetch(core::ptr::from_ref(scale).cast());
+                s.prefetch(Level::Second, core::ptr::from_ref(scale).cast());
             }
         }
         // A row's codes are as many as its values, or fewer where a code holds several. A whole block has so many lines as
@@ -108,12 +121,12 @@ fn ask<S: Simd, T: RowStore>(
         let (start, count) = (T::Elem::codes(start), T::Elem::codes(width));
         let codes = match row.codes.get(start..start + count) {
             Some(codes) => {
-                s.prefetch_all(&codes[..count]);
+                s.prefetch_all(Level::Second, &codes[..count]);
                 codes
             }
             None => {
                 let codes = row.codes.get(start..).unwrap_or(&[]);
-                s.prefetch_all(codes);
+                s.prefetch_all(Level::Second, codes);
                 codes
             }
         };
@@ -122,7 +135,7 @@ fn ask<S: Simd, T: RowStore>(
         if T::Elem::codes(64) != 64
             && let Some(last) = codes.last()
         {
-            s.prefetch(core::ptr::from_ref(last).cast());
+            s.prefetch(Level::Second, core::ptr::from_ref(last).cast());
         }
     }
 }

@@ -8,7 +8,7 @@ mod arm;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 
-use super::Token;
+use super::{Simd, Token, dispatch};
 
 /// Columns of a panel.
 pub(crate) const WIDTH: usize = 32;
@@ -120,6 +120,23 @@ impl Int8 {
         each!(self, it => it.pack_column(codes, n, panel));
     }
 
+    /// Writes [`WIDTH`] rows of `dim` codes that lie one after the other as the columns of a panel, and returns true; false if
+    /// it is not by squares of words that they can be turned.
+    pub(crate) fn pack_rows(self, token: Token, codes: &[i8], dim: usize, panel: &mut [u32]) -> bool {
+        // What is added to the codes of a panel of rows of words.
+        let offset = match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Vnni(_) | Self::AvxVnni(_) => 0x8080_8080,
+            #[cfg(target_arch = "aarch64")]
+            Self::Dot(_) => 0,
+            #[cfg(target_arch = "aarch64")]
+            Self::Matrix(_) => return false,
+        };
+        // Words are turned as scalars, which keeps their bits.
+        let Ok(words) = bytemuck::try_cast_slice(codes) else { return false };
+        dim.is_multiple_of(4) && dispatch!(token, s => turn_words(s, words, dim / 4, offset, panel))
+    }
+
     /// `out[r · stride + j] = scales[j] · Σ left(r) · panel(j)`, for the rows of `left`, at most [`ROWS`] of [`left_len`],
     /// and the [`WIDTH`] columns of `panel`.
     ///
@@ -144,6 +161,24 @@ impl Int8 {
         let rows = &rows[..out.len() * dim];
         each!(self, it => it.dots(query, dim, rows, out));
     }
+}
+
+/// Turns [`WIDTH`] rows of `depth` words, if they are whole squares, and flips the bits of `offset` in each word.
+#[inline(always)]
+fn turn_words<S: Simd>(s: S, from: &[f32], depth: usize, offset: u32, panel: &mut [u32]) -> bool {
+    if !depth.is_multiple_of(S::LANES) || !WIDTH.is_multiple_of(S::LANES) {
+        return false;
+    }
+    let to: &mut [f32] = bytemuck::cast_slice_mut(panel);
+    for k in (0..depth).step_by(S::LANES) {
+        for n in (0..WIDTH).step_by(S::LANES) {
+            s.turn((&from[n * depth + k..], depth), (&mut to[k * WIDTH + n..], WIDTH));
+        }
+    }
+    for word in panel {
+        *word ^= offset;
+    }
+    true
 }
 
 /// The operands of a product, of sizes that [`Int8::multiply`] has checked.
