@@ -55,8 +55,8 @@ struct Options {
     /// Thread counts.
     #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [1, 2])]
     threads: Vec<usize>,
-    /// The largest table to build, in GiB; a peer has its own beside it.
-    #[arg(long, value_name = "GIB", default_value_t = 4.0)]
+    /// The most that tables and what is trained beside them take, ours and the peer's together, in GiB.
+    #[arg(long, value_name = "GIB", default_value_t = 8.0)]
     memory: f64,
     /// Seconds for a case, and again for each way to measure its limit.
     #[arg(long, value_name = "S", default_value_t = 1.0)]
