@@ -21,7 +21,7 @@ pub fn forward_scratch<V: Table, K: Table, D: Backend<V, K>>(device: &D, config:
 /// [`super::backward()`] needs.
 ///
 /// # Errors
-/// [`ArgError`] if a size does not fit the configuration, an operand is missing or has no use, or the scratch is
+/// [`ArgError`](crate::ArgError) if a size does not fit the configuration, an operand is missing or has no use, or the scratch is
 /// smaller than [`forward_scratch`] says; or what the device reports.
 pub fn forward<V: Table, K: Table, D: Backend<V, K>>(
     device: &D,
