@@ -130,26 +130,13 @@ __device__ __forceinline__ void dot_rows(
                                 : dot[r] + part;
         }
     }
-    // Halves of the team take half of the rows each, three times; then a row is a lane group's own.
-    u32 offset = team / 2, mine = 0;
-#pragma unroll
-    for (int half = ROWS / 2; half > 0; half /= 2) {
-        const bool upper = lane & offset;
-#pragma unroll
-        for (int r = 0; r < half; r++) {
-            const float keep = upper ? dot[r + half] : dot[r], give = upper ? dot[r] : dot[r + half];
-            dot[r] = keep + __shfl_xor_sync(FULL, give, offset);
-        }
-        mine += upper ? half : 0;
-        offset /= 2;
-    }
-    float sum = dot[0];
-    const u32 writers = offset * 2;
-    for (; offset > 0; offset /= 2) sum += __shfl_xor_sync(FULL, sum, offset);
+    const TeamSum made = team_sums<ROWS>(dot, team);
+    float sum = made.sum;
+    const u32 mine = made.number;
     // The lane that holds a row's id: its scale is fetched here, where all lanes still are.
     const u32 of = __shfl_sync(FULL, id, mine, team);
     if (groups == 1) sum *= __ldg(scales + of);
-    if (real && lane % max(writers, 1u) == 0 && first + mine < bag) out[token * bag + first + mine] = sum;
+    if (real && lane % made.lanes == 0 && first + mine < bag) out[token * bag + first + mine] = sum;
 }
 
 // Registers: on Hopper as few as the loads in flight leave, for 1024 blocks are then one wave; nowhere so few that they

@@ -254,3 +254,30 @@ __device__ __forceinline__ float warp_sum(float x) {
     for (int o = 16; o > 0; o >>= 1) x += __shfl_xor_sync(FULL, x, o);
     return x;
 }
+
+// A value's sum over a team of lanes, the value's number, and how many lanes beside each other have it.
+struct TeamSum {
+    float sum;
+    u32 number, lanes;
+};
+
+// Sums over teams of `team` lanes, a power of two, of N values at once, no more than lanes and a power of two too: halves of
+// the lanes take half of the values each, until a value is a group of lanes' own.
+template <int N> __device__ __forceinline__ TeamSum team_sums(float (&x)[N], u32 team) {
+    u32 offset = team / 2, number = 0;
+#pragma unroll
+    for (int half = N / 2; half > 0; half /= 2) {
+        const bool upper = threadIdx.x & offset;
+#pragma unroll
+        for (int r = 0; r < half; r++) {
+            const float keep = upper ? x[r + half] : x[r], give = upper ? x[r] : x[r + half];
+            x[r] = keep + __shfl_xor_sync(FULL, give, offset);
+        }
+        number += upper ? half : 0;
+        offset /= 2;
+    }
+    float sum = x[0];
+    const u32 lanes = max(offset * 2, 1u);
+    for (; offset > 0; offset /= 2) sum += __shfl_xor_sync(FULL, sum, offset);
+    return {sum, number, lanes};
+}

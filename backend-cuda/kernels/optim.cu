@@ -74,13 +74,14 @@ struct Step {
     u64 count;
 };
 
-template <int VEC> __device__ __forceinline__ Raw<VEC * SIZE> load_codes(const u8* p) {
+// AGAIN: they are read once more soon.
+template <int VEC, bool AGAIN = false> __device__ __forceinline__ Raw<VEC * SIZE> load_codes(const u8* p) {
     Raw<VEC * SIZE> raw;
     if constexpr (VEC * SIZE == 16) {
-        const uint4 v = __ldcs((const uint4*)p);
+        const uint4 v = AGAIN ? *(const uint4*)p : __ldcs((const uint4*)p);
         raw.w[0] = v.x, raw.w[1] = v.y, raw.w[2] = v.z, raw.w[3] = v.w;
     } else if constexpr (VEC * SIZE == 8) {
-        const uint2 v = __ldcs((const uint2*)p);
+        const uint2 v = AGAIN ? *(const uint2*)p : __ldcs((const uint2*)p);
         raw.w[0] = v.x, raw.w[1] = v.y;
     } else if constexpr (VEC * SIZE == 4) {
         raw.w[0] = *(const u32*)p;
@@ -121,23 +122,6 @@ template <int VEC> __device__ __forceinline__ void load_plain(const float* p, bo
     }
 }
 
-// As `load_codes`, of what is read once more soon.
-template <int VEC> __device__ __forceinline__ Raw<VEC * SIZE> load_again(const u8* p) {
-    Raw<VEC * SIZE> raw;
-    if constexpr (VEC * SIZE == 16) {
-        const uint4 v = *(const uint4*)p;
-        raw.w[0] = v.x, raw.w[1] = v.y, raw.w[2] = v.z, raw.w[3] = v.w;
-    } else if constexpr (VEC * SIZE == 8) {
-        const uint2 v = *(const uint2*)p;
-        raw.w[0] = v.x, raw.w[1] = v.y;
-    } else if constexpr (VEC * SIZE == 4) {
-        raw.w[0] = *(const u32*)p;
-    } else {
-        raw.w[0] = *(const u16*)p;
-    }
-    return raw;
-}
-
 // Where a thread is in a row: its codes and its state there, and its column.
 struct Place {
     u8* codes;
@@ -152,26 +136,6 @@ struct Place {
         if (STATES) state += columns;
     }
 };
-
-// Sums over a warp of N values at once, a power of two: halves of the lanes take half of the values each, until a value is a
-// group of lanes' own. Lane l has that of value l / (32 / N).
-template <int N> __device__ __forceinline__ float warp_sums(float (&x)[N]) {
-    const u32 lane = threadIdx.x % 32;
-    u32 offset = 16;
-#pragma unroll
-    for (int half = N / 2; half > 0; half /= 2) {
-        const bool upper = lane & offset;
-#pragma unroll
-        for (int r = 0; r < half; r++) {
-            const float keep = upper ? x[r + half] : x[r], give = upper ? x[r] : x[r + half];
-            x[r] = keep + __shfl_xor_sync(FULL, give, offset);
-        }
-        offset /= 2;
-    }
-    float sum = x[0];
-    for (; offset > 0; offset /= 2) sum += __shfl_xor_sync(FULL, sum, offset);
-    return sum;
-}
 
 // Values and state of VEC columns of a row, `at` columns behind a place, as they are read and written.
 template <int VEC> struct Columns {
@@ -234,7 +198,7 @@ template <int VEC, int N> struct Dots {
     // Asks for piece `g` of those from number `piece` on, at `column`, if it is `wanted`.
     __device__ __forceinline__ void load(int piece, int g, u32 column, bool wanted) {
         if (piece + g < N) return;
-        if (wanted) ahead[g] = load_again<VEC>(place.codes + (column - place.column) * SIZE);
+        if (wanted) ahead[g] = load_codes<VEC, true>(place.codes + (column - place.column) * SIZE);
         else ahead[g] = {};
         inside = wanted;
     }
@@ -263,7 +227,7 @@ template <int VEC, int N> struct Dots {
     }
     // Adds parts of the entries from `first` on.
     template <int COUNT> __device__ __forceinline__ void add(u32 first, float (&parts)[COUNT]) {
-        const float sum = warp_sums<COUNT>(parts);
+        const float sum = team_sums<COUNT>(parts, 32).sum;
         const u32 at = threadIdx.x % 32 - first;
         const float of_mine = __shfl_sync(FULL, sum, at % COUNT * (32 / COUNT));
         if (at < COUNT) mine += of_mine;
@@ -488,7 +452,7 @@ __device__ __forceinline__ void dot_row(const Rows& table, u32 id, const Plan& p
 #pragma unroll 1
         for (u32 column = lane * VEC; column < table.dim; column += 32 * VEC) {
             float x[DOTS][VEC], values[VEC];
-            decode<ELEM, VEC>(load_again<VEC>(place.codes + column * SIZE), values);
+            decode<ELEM, VEC>(load_codes<VEC, true>(place.codes + column * SIZE), values);
 #pragma unroll
             for (int k = 0; k < DOTS; k++) Gradient::load<VEC>(p[k] + column, true, x[k]);
 #pragma unroll
@@ -497,7 +461,7 @@ __device__ __forceinline__ void dot_row(const Rows& table, u32 id, const Plan& p
                 for (int i = 0; i < VEC; i++) sums[k] = fmaf(x[k][i], values[i], sums[k]);
             }
         }
-        const float sum = warp_sums<DOTS>(sums);
+        const float sum = team_sums<DOTS>(sums, 32).sum;
         const u32 of = __shfl_sync(FULL, entry, lane / (32 / DOTS));
         if (lane % (32 / DOTS) == 0 && of < gradient.len) dots[of] = sum;
     }

@@ -62,6 +62,17 @@ where
     TestDevice::download(cuda, &table)
 }
 
+/// The buffers of a plan of `ids`.
+fn planned(cuda: &Cuda, case: &Case, ids: &[u32]) -> Buffer<u32> {
+    let entries = ids.len();
+    let ids = cuda.upload(ids).expect("ids");
+    let mut buffer = cuda.zeros::<u32>(PlanBuffers::<Cuda>::ids_len(entries)).expect("a plan");
+    let (plan, _) = PlanBuffers::<Cuda>::carve(buffer.view_mut(), entries).expect("a plan");
+    let mut scratch = Memory::new(cuda, cuda.plan_scratch(entries));
+    cuda.plan(ids.view(), case.rows, plan, scratch.lend()).expect("a plan");
+    buffer
+}
+
 fn update<E: Trainable, O>(
     cuda: &Cuda,
     rule: &O,
@@ -73,12 +84,8 @@ fn update<E: Trainable, O>(
 ) where
     O: RowRule + memlayer_cuda::DeviceRule,
 {
-    let entries = ids.len();
-    let ids = cuda.upload(ids).expect("ids");
-    let mut buffer = cuda.zeros::<u32>(PlanBuffers::<Cuda>::ids_len(entries)).expect("a plan");
-    let (mut plan, _) = PlanBuffers::<Cuda>::carve(buffer.view_mut(), entries).expect("a plan");
-    let mut scratch = Memory::new(cuda, cuda.plan_scratch(entries));
-    cuda.plan(ids.view(), case.rows, plan.reborrow(), scratch.lend()).expect("a plan");
+    let mut buffer = planned(cuda, case, ids);
+    let (plan, _) = PlanBuffers::<Cuda>::carve(buffer.view_mut(), ids.len()).expect("a plan");
     let (weights, sources) =
         (cuda.upload(&case.weights).expect("weights"), cuda.upload(&case.sources).expect("sources"));
     let gradient = RowGradient { bag: case.bag, dim: case.dim, weights: weights.view(), sources: sources.view() };
@@ -159,11 +166,8 @@ where
     update(cuda, rule, &the_step, case, &mut codes, &mut state, ids);
     let expected = (TestDevice::download(cuda, &codes), TestDevice::download(cuda, &state));
 
-    let there = cuda.upload(ids).expect("ids");
-    let mut buffer = cuda.zeros::<u32>(PlanBuffers::<Cuda>::ids_len(entries)).expect("a plan");
-    let (mut plan, _) = PlanBuffers::<Cuda>::carve(buffer.view_mut(), entries).expect("a plan");
-    let mut scratch = Memory::new(cuda, cuda.plan_scratch(entries));
-    cuda.plan(there.view(), case.rows, plan.reborrow(), scratch.lend()).expect("a plan");
+    let mut buffer = planned(cuda, case, ids);
+    let (plan, _) = PlanBuffers::<Cuda>::carve(buffer.view_mut(), entries).expect("a plan");
     let (weights, sources) =
         (cuda.upload(&case.weights).expect("weights"), cuda.upload(&case.sources).expect("sources"));
     let req = RowUpdate::<TrainRows<'_, E>, O>::dot_reduce_and_update_scratch(cuda, dim, entries);
@@ -250,11 +254,8 @@ fn check_sums<E: Trainable>(cuda: &Cuda, case: &Case, ids: &[u32]) {
     reference.reduce(plan.plan(), gradient, &mut sums).expect("sums");
     let expected: Vec<E> = sums.into_iter().map(|sum| E::store(sum, None)).collect();
 
-    let there = cuda.upload(ids).expect("ids");
-    let mut buffer = cuda.zeros::<u32>(PlanBuffers::<Cuda>::ids_len(entries)).expect("a plan");
-    let (mut plan, _) = PlanBuffers::<Cuda>::carve(buffer.view_mut(), entries).expect("a plan");
-    let mut scratch = Memory::new(cuda, cuda.plan_scratch(entries));
-    cuda.plan(there.view(), case.rows, plan.reborrow(), scratch.lend()).expect("a plan");
+    let mut buffer = planned(cuda, case, ids);
+    let (plan, _) = PlanBuffers::<Cuda>::carve(buffer.view_mut(), entries).expect("a plan");
     let (weights, sources) =
         (cuda.upload(&case.weights).expect("weights"), cuda.upload(&case.sources).expect("sources"));
     let mut found = cuda.zeros::<E>(unique * dim).expect("sums");

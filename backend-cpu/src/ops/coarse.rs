@@ -254,26 +254,16 @@ impl Quantized {
     }
 }
 
-/// The codes and the scale of a row, if it is one of int8 with one scale or none.
+/// The codes and scales of `count` rows, if they are of int8 with one scale each or none.
 #[inline(always)]
-fn as_int8<'a, E: Element>(row: &Row<'a, E>) -> Option<(&'a [i8], f32)> {
-    match (E::FORMAT, row.scales) {
-        (Format::Int8, []) => Some((bytemuck::cast_slice(row.codes), 1.0)),
-        (Format::Int8, [scale]) => Some((bytemuck::cast_slice(row.codes), *scale)),
-        _ => None,
-    }
-}
-
-/// The codes and scales of [`WIDTH`] rows, if they are of int8 with one scale each or none.
-fn as_int8s<E: Element>(rows: Row<'_, E>) -> Option<(&[i8], &[f32])> {
-    let fits = E::FORMAT == Format::Int8 && (rows.scales.is_empty() || rows.scales.len() == WIDTH);
+fn as_int8<'a, E: Element>(rows: &Row<'a, E>, count: usize) -> Option<(&'a [i8], &'a [f32])> {
+    let fits = E::FORMAT == Format::Int8 && (rows.scales.is_empty() || rows.scales.len() == count);
     fits.then(|| (bytemuck::cast_slice(rows.codes), rows.scales))
 }
 
 /// Whether the keys are `rows` of int8 that lie one after the other, with one scale each or none.
 pub(super) fn lie_as_int8<K: RowStore>(keys: &K, rows: usize) -> bool {
-    let one_scale = |all: Row<'_, K::Elem>| all.scales.is_empty() || all.scales.len() == rows;
-    K::Elem::FORMAT == Format::Int8 && keys.run(0, rows).is_some_and(one_scale)
+    keys.run(0, rows).is_some_and(|all| as_int8(&all, rows).is_some())
 }
 
 /// Sub-keys as integers.
@@ -299,7 +289,7 @@ impl Panel<'_> {
         let mut bounds = Bounds::NONE;
         #[allow(clippy::cast_possible_truncation, reason = "a row of a table: ids have 32 bits")]
         let together = if count == WIDTH { keys.run(first as u32, WIDTH) } else { None };
-        if let Some((codes, scales)) = together.and_then(as_int8s)
+        if let Some((codes, scales)) = together.and_then(|rows| as_int8(&rows, WIDTH))
             && int8.pack_rows(token, codes, dim, self.codes)
         {
             self.scales.fill(1.0);
@@ -319,7 +309,8 @@ impl Panel<'_> {
         for n in 0..count {
             #[allow(clippy::cast_possible_truncation, reason = "a row of a table: ids have 32 bits")]
             let row = keys.row((first + n) as u32);
-            if let Some((codes, scale)) = as_int8(&row) {
+            if let Some((codes, scales)) = as_int8(&row, 1) {
+                let scale = scales.first().copied().unwrap_or(1.0);
                 int8.pack_column(codes, n, self.codes);
                 self.scales[n] = scale;
                 bounds = bounds

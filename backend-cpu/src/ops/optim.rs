@@ -67,7 +67,7 @@ impl<T: TrainStore<State = f32> + Send, O: RowRule> RowUpdate<T, O> for Cpu {
         const OP: &str = "reduce_and_update";
         scratch.check(OP, RowUpdate::<T, O>::reduce_and_update_scratch(self, table.dim()))?;
         let change = Change { rule, factors: rule.factors::<Single>(step), step };
-        self.one_pass(OP, table, change, &plan, &gradient, None, scratch.reals)
+        self.change_rows(OP, table, change, &plan, &gradient, None, scratch.reals)
     }
 
     fn dot_reduce_and_update_scratch(&self, dim: usize, entries: usize) -> ScratchReq {
@@ -91,7 +91,7 @@ impl<T: TrainStore<State = f32> + Send, O: RowRule> RowUpdate<T, O> for Cpu {
         scratch.check(OP, RowUpdate::<T, O>::dot_reduce_and_update_scratch(self, table.dim(), entries))?;
         let (sorted, workers) = scratch.reals.split_at_mut(entries);
         let change = Change { rule, factors: rule.factors::<Single>(step), step };
-        self.one_pass(OP, table, change, &plan, &gradient, Some(&mut *sorted), workers)?;
+        self.change_rows(OP, table, change, &plan, &gradient, Some(&mut *sorted), workers)?;
         for (&entry, &dot) in plan.entries.iter().zip(&*sorted) {
             dots[entry as usize] = dot;
         }
@@ -102,7 +102,7 @@ impl<T: TrainStore<State = f32> + Send, O: RowRule> RowUpdate<T, O> for Cpu {
 impl Cpu {
     /// Reduces and updates, each row once; `dots` takes those of the entries in the plan's order.
     #[allow(clippy::too_many_arguments, reason = "the operations' own arguments, handed on")]
-    fn one_pass<T: TrainStore<State = f32> + Send, O: RowRule>(
+    fn change_rows<T: TrainStore<State = f32> + Send, O: RowRule>(
         &self,
         op: &'static str,
         table: T,

@@ -114,6 +114,14 @@ struct Update {
 }
 
 impl Cuda {
+    /// Fails unless a block can have `shared` bytes beside those that kernels declare.
+    fn check_shared(&self, op: &'static str, shared: usize) -> Result<(), CudaError> {
+        if shared > self.properties.shared.saturating_sub(1024) {
+            return Err(CudaError::Unsupported { op, what: "a row-wise rule over rows as wide as these" });
+        }
+        Ok(())
+    }
+
     fn update_of<E: Trainable, O: DeviceRule>(
         &self,
         op: &'static str,
@@ -133,9 +141,7 @@ impl Cuda {
             (factors.stochastic, factors.seed, factors.count) = (1, seed, mix(step.count));
         }
         let shared = if O::ROWWISE { table.dim * size_of::<f32>() } else { 0 };
-        if shared > self.properties.shared.saturating_sub(1024) {
-            return Err(CudaError::Unsupported { op, what: "a row-wise rule over rows as wide as these" });
-        }
+        self.check_shared(op, shared)?;
         let state_aligned = O::ROWWISE || table.state_len == 0 || aligned(table.state.pointer(), table.dim);
         let codes_aligned =
             table.dim.is_multiple_of(4) && table.codes.pointer().is_multiple_of(4 * size_of::<E>() as u64);
@@ -264,19 +270,16 @@ impl Cuda {
         }
         let lists = self.lists()?;
         let wide = update.wide && gradient.is_wide();
-        let args = || {
-            let args = update.args().value(gradient).value(lists);
-            args.value(self.flag.view().pointer()).value(number_of(op))
-        };
+        let args = || update.args().value(gradient).value(lists);
+        let flagged = |args: Args| args.value(self.flag.view().pointer()).value(number_of(op));
         let block = short_block(update.pieces(wide));
         // A float a thread where warps share a row and add up their parts of a dot.
         let parts = if block > 32 { block as usize * size_of::<f32>() } else { 0 };
         let shape = Shape::new(self.row_blocks(entries, block), block);
         if let Some(dots) = &dots {
             let kernel = self.kernels.get(update.variant, if wide { "dot_short_4" } else { "dot_short_1" })?;
-            let mut args = update.args().value(gradient).value(lists).write(dots);
-            args = args.value(self.flag.view().pointer()).value(number_of(op));
-            self.stream.launch(&kernel, shape.shared(update.shared + parts), &mut args)?;
+            self.check_shared(op, update.shared + parts)?;
+            self.stream.launch(&kernel, shape.shared(update.shared + parts), &mut flagged(args().write(dots)))?;
             if entries > SHORT {
                 let kernel = self.kernels.get(update.variant, if wide { "dot_rows_4" } else { "dot_rows_1" })?;
                 let mut args =
@@ -287,13 +290,13 @@ impl Cuda {
             }
         } else {
             let kernel = self.kernels.get(update.variant, if wide { "update_short_4" } else { "update_short_1" })?;
-            self.stream.launch(&kernel, shape.shared(update.shared), &mut args())?;
+            self.stream.launch(&kernel, shape.shared(update.shared), &mut flagged(args()))?;
         }
         if entries > SHORT {
             let kernel = self.kernels.get(update.variant, if wide { "update_middle_4" } else { "update_middle_1" })?;
             let block = row_block(update.pieces(wide));
             let shape = Shape::new(self.row_blocks(entries.div_ceil(SHORT), block), block).shared(update.shared);
-            self.stream.launch(&kernel, shape, &mut args())?;
+            self.stream.launch(&kernel, shape, &mut flagged(args()))?;
         }
         if entries > CHUNK {
             let (slots, _) = scratch.take_reals(SLOTS * table.dim);
@@ -301,6 +304,7 @@ impl Cuda {
         }
         Ok(())
     }
+
     /// Sums and applies the gradients of the longest rows. The plan stays on the device, so how many they are is not
     /// known here: there are launches for as many as there can be, SLOTS at a time.
     fn update_long_rows(

@@ -9,7 +9,7 @@ use crate::ops::dense::{GateBackward, LinearBackward, RmsNormBackward};
 use crate::ops::optim::{RowRule, RowUpdate, Step};
 use crate::ops::plan::{RowGradient, RowPlan};
 use crate::ops::select::{SelectBackward, SelectDims};
-use crate::ops::{Dense, EmbeddingBag, SelectRows};
+use crate::ops::{Dense, SelectRows};
 use crate::storage::{Extent, Table};
 
 /// The gradients of a projection.
@@ -132,8 +132,12 @@ pub fn backward<V: Table, K: Table, D: Backend<V, K>>(
     let mut input = InputGrad { view: grads.input.take(), started: false };
     gates_backward(device, config, params, x, activations, dout, &mut grads, &mut input, scratch.reborrow())?;
     if wanted {
-        let values = Read(params.values);
-        selection_backward(device, config, params, x, activations, grads, input, values, scratch)?;
+        let dots =
+            |bags: RowGradient<'_, D>, ids: D::View<'_, u32>, mut out: D::ViewMut<'_, D::Scalar>, _: Scratch<'_, D>| {
+                let (ids, vectors, out) = (D::shorten(ids), D::shorten(bags.sources), D::reborrow(&mut out));
+                device.bag_dot(params.values, BagDot { bag: bags.bag, ids, vectors, out })
+            };
+        selection_backward(device, config, params, x, activations, grads, input, dots, scratch)?;
     }
     Ok(())
 }
@@ -200,49 +204,12 @@ where
 
     let mut input = InputGrad { view: grads.input.take(), started: false };
     gates_backward(device, config, params, x, activations, dout, &mut grads, &mut input, scratch.reborrow())?;
-    selection_backward(device, config, params, x, activations, grads, input, values, scratch)
-}
-
-/// Where the gradients of the coefficients come from: dots of the value rows with the gradient of the sums.
-trait ValueDots<D: Device> {
-    /// Writes them to `out` (`[T, L]`).
-    fn dots<'a>(
-        self,
-        device: &D,
-        bags: RowGradient<'a, D>,
-        ids: D::View<'a, u32>,
-        out: D::ViewMut<'a, D::Scalar>,
-        scratch: Scratch<'_, D>,
-    ) -> Result<(), D::Error>;
-}
-
-/// A table that is only read.
-struct Read<'a, V>(&'a V);
-
-impl<V: Table, D: EmbeddingBag<V>> ValueDots<D> for Read<'_, V> {
-    fn dots<'a>(
-        self,
-        device: &D,
-        bags: RowGradient<'a, D>,
-        ids: D::View<'a, u32>,
-        out: D::ViewMut<'a, D::Scalar>,
-        _scratch: Scratch<'_, D>,
-    ) -> Result<(), D::Error> {
-        device.bag_dot(self.0, BagDot { bag: bags.bag, ids, vectors: bags.sources, out })
-    }
-}
-
-impl<S: Table, O: RowRule, D: RowUpdate<S, O>> ValueDots<D> for TableUpdate<'_, D, S, O> {
-    fn dots<'a>(
-        self,
-        device: &D,
-        bags: RowGradient<'a, D>,
-        _ids: D::View<'a, u32>,
-        out: D::ViewMut<'a, D::Scalar>,
-        scratch: Scratch<'_, D>,
-    ) -> Result<(), D::Error> {
-        device.dot_reduce_and_update(self.table, self.rule, self.step, self.plan, bags, out, scratch)
-    }
+    let TableUpdate { table, rule, step, plan } = values;
+    let dots =
+        |bags: RowGradient<'_, D>, _: D::View<'_, u32>, out: D::ViewMut<'_, D::Scalar>, scratch: Scratch<'_, D>| {
+            device.dot_reduce_and_update(table, rule, step, plan, bags, out, scratch)
+        };
+    selection_backward(device, config, params, x, activations, grads, input, dots, scratch)
 }
 
 /// The gradient of the input, to which every path adds in turn.
@@ -319,7 +286,8 @@ fn gates_backward<V, K, E, D: Dense>(
     Ok(())
 }
 
-/// From the weighted sums to the queries, the keys and the input.
+/// From the weighted sums to the queries, the keys and the input. `dots` writes the gradients of the coefficients (`[T, L]`): the
+/// dots of the value rows, by their ids, with the gradient of the sums.
 #[allow(clippy::too_many_arguments, reason = "backward's own arguments, handed on")]
 fn selection_backward<V: Table, K: Table, E: Table, D: Backend<E, K>>(
     device: &D,
@@ -329,7 +297,12 @@ fn selection_backward<V: Table, K: Table, E: Table, D: Backend<E, K>>(
     act: &Activations<'_, D>,
     mut grads: Grads<'_, D>,
     mut input: InputGrad<'_, D>,
-    values: impl ValueDots<D>,
+    dots: impl FnOnce(
+        RowGradient<'_, D>,
+        D::View<'_, u32>,
+        D::ViewMut<'_, D::Scalar>,
+        Scratch<'_, D>,
+    ) -> Result<(), D::Error>,
     scratch: Scratch<'_, D>,
 ) -> Result<(), D::Error> {
     let tokens = D::len(x) / config.input_dim();
@@ -343,7 +316,7 @@ fn selection_backward<V: Table, K: Table, E: Table, D: Backend<E, K>>(
         let out = if act.peer.is_some() { &mut dcoefficients } else { &mut dweights };
         let (weights, sources) = (act.coefficients(), D::read(&grads.sums));
         let bags = RowGradient { bag, dim: config.value_dim(), weights, sources };
-        values.dots(device, bags, D::read(&act.ids), D::reborrow(out), scratch.reborrow())?;
+        dots(bags, D::read(&act.ids), D::reborrow(out), scratch.reborrow())?;
     }
     if let (Some(peer), Some(experts), Some(ddots)) = (&act.peer, params.experts, &mut grads.dots) {
         device.gelu_gate_backward(GateBackward {

@@ -54,7 +54,7 @@ impl<F: Real, S: TrainStore<State = F>, O: RowRule> RowUpdate<S, O> for Referenc
         gradient: RowGradient<'_, Self>,
         scratch: Scratch<'_, Self>,
     ) -> Result<(), ArgError> {
-        reduce_and_update("reduce_and_update", table, rule, step, &plan, &gradient, None, scratch)
+        change_rows("reduce_and_update", table, rule, step, &plan, &gradient, None, scratch)
     }
 
     fn dot_reduce_and_update_scratch(&self, dim: usize, _entries: usize) -> ScratchReq {
@@ -73,13 +73,13 @@ impl<F: Real, S: TrainStore<State = F>, O: RowRule> RowUpdate<S, O> for Referenc
     ) -> Result<(), ArgError> {
         const OP: &str = "dot_reduce_and_update";
         check_len(OP, "dots", plan.entries.len(), dots.len())?;
-        reduce_and_update(OP, table, rule, step, &plan, &gradient, Some(dots), scratch)
+        change_rows(OP, table, rule, step, &plan, &gradient, Some(dots), scratch)
     }
 }
 
 /// The pass over the touched rows, with the dots of their entries if they are asked for.
 #[allow(clippy::too_many_arguments, reason = "the operations' own arguments, handed on")]
-fn reduce_and_update<F: Real, S: TrainStore<State = F>, O: RowRule>(
+fn change_rows<F: Real, S: TrainStore<State = F>, O: RowRule>(
     op: &'static str,
     mut table: S,
     rule: &O,

@@ -126,7 +126,7 @@ impl Int8 {
         // What is added to the codes of a panel of rows of words.
         let offset = match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Vnni(_) | Self::AvxVnni(_) => 0x8080_8080,
+            Self::Vnni(_) | Self::AvxVnni(_) => vnni::OFFSETS,
             #[cfg(target_arch = "aarch64")]
             Self::Dot(_) => 0,
             #[cfg(target_arch = "aarch64")]
@@ -209,9 +209,9 @@ mod tests {
     use super::*;
     use crate::isa::Isa;
 
-    /// All that this machine has.
-    fn all() -> impl Iterator<Item = Int8> {
-        Isa::available().filter_map(Token::new).flat_map(Int8::available)
+    /// All that this machine has, with what they go with.
+    fn all() -> impl Iterator<Item = (Token, Int8)> {
+        Isa::available().filter_map(Token::new).flat_map(|token| Int8::available(token).map(move |int8| (token, int8)))
     }
 
     #[test]
@@ -219,11 +219,11 @@ mod tests {
         if all().next().is_none() {
             eprintln!("skipped: no integer dot products here");
         }
-        all().for_each(sums_of);
+        all().for_each(|(token, int8)| sums_of(token, int8));
     }
 
     #[allow(clippy::cast_possible_truncation, reason = "codes")]
-    fn sums_of(int8: Int8) {
+    fn sums_of(token: Token, int8: Int8) {
         let mut random = memlayer_core::Random::new(1);
         for dim in [1, 3, 4, 5, 16, 63, 64, 65, 129, MAX_DIM] {
             let mut codes = |n: usize| -> Vec<i8> { (0..n).map(|_| random.below(256) as u8 as i8).collect() };
@@ -236,6 +236,13 @@ mod tests {
             let dot = |a: &[i8], b: &[i8]| a.iter().zip(b).map(|(&a, &b)| i32::from(a) * i32::from(b)).sum::<i32>();
             let mut panel = vec![u32::MAX; WIDTH * words(dim)];
             rows.iter().enumerate().for_each(|(n, row)| int8.pack_column(row, n, &mut panel));
+            let mut together = vec![u32::MAX; panel.len()];
+            // From a vector of bytes on, as the allocator aligns them.
+            if int8.pack_rows(token, &rows.concat(), dim, &mut together) {
+                assert_eq!(panel, together, "{int8:?}, dim {dim}");
+            } else {
+                assert!(!cfg!(target_arch = "x86_64") || !dim.is_multiple_of(64), "{int8:?}, dim {dim}");
+            }
             let scales: Vec<f32> = (0..WIDTH).map(|n| 0.5 + n as f32).collect();
             for count in 0..=ROWS {
                 let mut left = vec![0; count * left_len(dim)];

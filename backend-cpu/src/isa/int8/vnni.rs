@@ -4,11 +4,14 @@ use core::arch::x86_64::*;
 
 use super::{MAX_DIM, OFFSET, Tile, WIDTH, for_words};
 
+/// [`OFFSET`] in each byte of a word.
+pub(super) const OFFSETS: u32 = 0x8080_8080;
+
 /// Writes `codes` as column `n` of a panel of rows of words, the offset added.
 #[inline(always)]
 fn pack_column(codes: &[i8], n: usize, panel: &mut [u32]) {
     let column = &mut panel[n..];
-    for_words(codes, |k, word| column[k * WIDTH] = word ^ 0x8080_8080);
+    for_words(codes, |k, word| column[k * WIDTH] = word ^ OFFSETS);
 }
 
 /// What the offset of the other side adds to the products with `query`, taken off.
