@@ -2,6 +2,7 @@
 
 use core::arch::x86_64::*;
 
+use bytemuck::NoUninit;
 use memlayer_core::Element;
 use memlayer_core::element::Format;
 
@@ -45,10 +46,20 @@ impl Avx2 {
     }
     /// The 8 bytes from `at` on.
     #[inline(always)]
-    fn bytes<E: Element>(self, codes: &[E], at: usize) -> __m128i {
+    fn bytes<E: NoUninit>(self, codes: &[E], at: usize) -> __m128i {
         let bytes = &bytemuck::cast_slice::<E, u8>(codes)[at..at + 8];
         // SAFETY: the CPU has the feature by the token; the slice has 8 bytes, so as many may be read.
         unsafe { _mm_loadl_epi64(bytes.as_ptr().cast()) }
+    }
+    /// A 256th of the values of 8 codes of e4m3 that are no NaN: as a binary16 the exponent is 8 too small, of subnormal
+    /// codes too.
+    #[inline(always)]
+    fn e4m3_part(self, bytes: &[u8]) -> __m256 {
+        have!(self, {
+            // Bit 15 is the sign, as all bits from 7 on are; bit 14 is the sign too.
+            let half = _mm_slli_epi16::<7>(_mm_cvtepi8_epi16(self.bytes(bytes, 0)));
+            _mm256_cvtph_ps(_mm_and_si128(half, _mm_set1_epi16(0xbf80_u16.cast_signed())))
+        })
     }
     /// The values from `col` on of a row of [`memlayer_core::Int4`].
     #[inline(always)]
@@ -190,15 +201,10 @@ impl Simd for Avx2 {
                 have!(self, _mm256_cvtph_ps(_mm_slli_epi16::<8>(_mm_cvtepu8_epi16(self.bytes(codes, col)))))
             }
             Format::E4m3 => have!(self, {
-                let bytes = self.bytes(codes, col);
-                let magnitude = _mm_and_si128(bytes, _mm_set1_epi8(0x7f));
+                let magnitude = _mm_and_si128(self.bytes(codes, col), _mm_set1_epi8(0x7f));
                 let nan = _mm256_cvtepi8_epi32(_mm_cmpeq_epi8(magnitude, _mm_set1_epi8(0x7f)));
-                // As a binary16 the exponent is 8 too small; the product mends it, for subnormal codes too.
-                let magnitude = _mm_slli_epi16::<7>(_mm_cvtepu8_epi16(magnitude));
-                let sign = _mm_slli_epi16::<8>(_mm_cvtepu8_epi16(bytes));
-                let half = _mm_or_si128(magnitude, _mm_and_si128(sign, _mm_set1_epi16(i16::MIN)));
-                let finite = _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0));
-                _mm256_or_ps(finite, _mm256_castsi256_ps(nan))
+                let part = self.e4m3_part(&bytemuck::cast_slice::<E, u8>(codes)[col..]);
+                _mm256_or_ps(_mm256_mul_ps(part, _mm256_set1_ps(256.0)), _mm256_castsi256_ps(nan))
             }),
             Format::Int4 => self.int4::<E, 32>(codes, col),
             Format::Int4x64 => self.int4::<E, 64>(codes, col),
@@ -207,6 +213,21 @@ impl Simd for Avx2 {
                 rows::widen(codes, col, &mut wide);
                 self.load(&wide)
             }
+        }
+    }
+    #[inline(always)]
+    fn add_scaled<E: Element, const NV: usize>(self, acc: &mut [__m256; NV], factor: f32, codes: &[E], col: usize) {
+        match E::FORMAT {
+            Format::E4m3 => rows::add_e4m3(
+                self,
+                acc,
+                factor,
+                codes,
+                col,
+                #[inline(always)]
+                |bytes| self.e4m3_part(bytes),
+            ),
+            _ => rows::add_widened(self, acc, factor, codes, col),
         }
     }
     #[inline(always)]

@@ -2,6 +2,7 @@
 
 use core::arch::x86_64::*;
 
+use bytemuck::NoUninit;
 use memlayer_core::Element;
 use memlayer_core::element::Format;
 
@@ -45,10 +46,49 @@ impl Avx512 {
     }
     /// The 16 bytes from `at` on.
     #[inline(always)]
-    fn bytes<E: Element>(self, codes: &[E], at: usize) -> __m128i {
+    fn bytes<E: NoUninit>(self, codes: &[E], at: usize) -> __m128i {
         let bytes = &bytemuck::cast_slice::<E, u8>(codes)[at..at + 16];
         // SAFETY: the CPU has the feature by the token; the slice has 16 bytes, so as many may be read.
         unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+    }
+    /// A 256th of the values of 16 codes of e4m3 that are no NaN: as a binary16 the exponent is 8 too small, of subnormal
+    /// codes too.
+    #[inline(always)]
+    fn e4m3_part(self, bytes: &[u8]) -> __m512 {
+        have!(self, {
+            // Bit 15 is the sign, as all bits from 7 on are; bit 14 is the sign too.
+            let half = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(self.bytes(bytes, 0)));
+            _mm512_cvtph_ps(_mm256_and_si256(half, _mm256_set1_epi16(0xbf80_u16.cast_signed())))
+        })
+    }
+    /// [`Simd::add_scaled`] of whole groups of [`memlayer_core::Int4`], which begin at `col`: of a group's 16 products
+    /// every code chooses one.
+    #[inline(always)]
+    fn add_int4<E: Element, const G: usize, const NV: usize>(
+        self,
+        acc: &mut [__m512; NV],
+        factor: f32,
+        codes: &[E],
+        col: usize,
+    ) {
+        let (start, bytes) = (col / G * (2 + G / 2), NV * 16 / G * (2 + G / 2));
+        let groups = &bytemuck::cast_slice::<E, u8>(codes)[start..start + bytes];
+        for (acc, group) in acc.chunks_exact_mut(G / 16).zip(groups.chunks_exact(2 + G / 2)) {
+            let (low, high) = acc.split_at_mut(G / 32);
+            have!(self, {
+                let scale = _mm512_cvtph_ps(_mm256_set1_epi16(i16::from_le_bytes([group[0], group[1]])));
+                let integers = _mm512_setr_ps(-8., -7., -6., -5., -4., -3., -2., -1., 0., 1., 2., 3., 4., 5., 6., 7.);
+                let values = _mm512_mul_ps(scale, integers);
+                let products = _mm512_mul_ps(_mm512_set1_ps(factor), values);
+                for (i, (low, high)) in low.iter_mut().zip(high).enumerate() {
+                    // A permutation looks at four bits of each place.
+                    let place = _mm512_cvtepu8_epi32(self.bytes(group, 2 + 16 * i));
+                    *low = _mm512_add_ps(*low, _mm512_permutexvar_ps(place, products));
+                    let place = _mm512_srli_epi32::<4>(place);
+                    *high = _mm512_add_ps(*high, _mm512_permutexvar_ps(place, products));
+                }
+            });
+        }
     }
     /// The values from `col` on of a row of [`memlayer_core::Int4`].
     #[inline(always)]
@@ -216,15 +256,10 @@ impl Simd for Avx512 {
                 have!(self, _mm512_cvtph_ps(_mm256_slli_epi16::<8>(_mm256_cvtepu8_epi16(self.bytes(codes, col)))))
             }
             Format::E4m3 => have!(self, {
-                let bytes = self.bytes(codes, col);
-                let magnitude = _mm_and_si128(bytes, _mm_set1_epi8(0x7f));
+                let magnitude = _mm_and_si128(self.bytes(codes, col), _mm_set1_epi8(0x7f));
                 let nan = _mm_cmpeq_epi8_mask(magnitude, _mm_set1_epi8(0x7f));
-                // As a binary16 the exponent is 8 too small; the product mends it, for subnormal codes too.
-                let magnitude = _mm256_slli_epi16::<7>(_mm256_cvtepu8_epi16(magnitude));
-                let sign = _mm256_slli_epi16::<8>(_mm256_cvtepu8_epi16(bytes));
-                let half = _mm256_or_si256(magnitude, _mm256_and_si256(sign, _mm256_set1_epi16(i16::MIN)));
-                let finite = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0));
-                _mm512_mask_mov_ps(finite, nan, _mm512_set1_ps(f32::NAN))
+                let part = self.e4m3_part(&bytemuck::cast_slice::<E, u8>(codes)[col..]);
+                _mm512_mask_mov_ps(_mm512_mul_ps(part, _mm512_set1_ps(256.0)), nan, _mm512_set1_ps(f32::NAN))
             }),
             Format::Int4 => self.int4::<E, 32>(codes, col),
             Format::Int4x64 => self.int4::<E, 64>(codes, col),
@@ -233,6 +268,23 @@ impl Simd for Avx512 {
                 rows::widen(codes, col, &mut wide);
                 self.load(&wide)
             }
+        }
+    }
+    #[inline(always)]
+    fn add_scaled<E: Element, const NV: usize>(self, acc: &mut [__m512; NV], factor: f32, codes: &[E], col: usize) {
+        match E::FORMAT {
+            Format::E4m3 => rows::add_e4m3(
+                self,
+                acc,
+                factor,
+                codes,
+                col,
+                #[inline(always)]
+                |bytes| self.e4m3_part(bytes),
+            ),
+            Format::Int4 if NV.is_multiple_of(2) => self.add_int4::<E, 32, NV>(acc, factor, codes, col),
+            Format::Int4x64 if NV.is_multiple_of(4) => self.add_int4::<E, 64, NV>(acc, factor, codes, col),
+            _ => rows::add_widened(self, acc, factor, codes, col),
         }
     }
     #[inline(always)]

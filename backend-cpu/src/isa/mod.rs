@@ -261,6 +261,22 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         self.load(&wide)
     }
 
+    /// `acc[i] += factor · values`, multiplied, then added, of the values of `widen(codes, col + i · LANES)`: bit for bit
+    /// those sums, by a shorter way where an instruction set has one.
+    ///
+    /// # Panics
+    /// If the row has fewer.
+    #[inline(always)]
+    fn add_scaled<E: Element, const NV: usize>(
+        self,
+        acc: &mut [Self::V; NV],
+        factor: f32,
+        codes: &[E],
+        col: usize,
+    ) {
+        rows::add_widened(self, acc, factor, codes, col);
+    }
+
     /// The first `LANES` scalars.
     ///
     /// # Panics

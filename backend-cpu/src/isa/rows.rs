@@ -138,14 +138,70 @@ pub(crate) fn add_row<S: Simd, E: Element, const NV: usize>(
         *acc = add_groups(s, *acc, weight, row, col);
         return;
     }
-    let factor = s.splat(match row.scales {
+    let factor = match row.scales {
         [scale] => weight * scale,
         _ => weight,
-    });
+    };
     let (codes, col) = block(row.codes, col, NV * S::LANES);
+    s.add_scaled(acc, factor, codes, col);
+}
+
+/// What [`Simd::add_scaled`] says, by [`Simd::widen`].
+#[inline(always)]
+pub(super) fn add_widened<S: Simd, E: Element, const NV: usize>(
+    s: S,
+    acc: &mut [S::V; NV],
+    factor: f32,
+    codes: &[E],
+    col: usize,
+) {
+    let factor = s.splat(factor);
     for (i, acc) in acc.iter_mut().enumerate() {
         *acc = s.add(*acc, s.mul(factor, s.widen(codes, col + i * S::LANES)));
     }
+}
+
+/// The same of e4m3, where `part` gives a vector's values without what most of them do not need: a 256th of them, of codes
+/// that are no NaN. A power of two takes nothing from the products, unless the factor then overflows.
+#[inline(always)]
+pub(super) fn add_e4m3<S: Simd, E: Element, const NV: usize>(
+    s: S,
+    acc: &mut [S::V; NV],
+    factor: f32,
+    codes: &[E],
+    col: usize,
+    part: impl Fn(&[u8]) -> S::V,
+) {
+    let bytes = &bytemuck::cast_slice::<E, u8>(codes)[col..col + NV * S::LANES];
+    let nan = bytes.iter().fold(false, |nan, byte| nan | (byte & 0x7f == 0x7f));
+    if nan || factor.abs() >= f32::MAX / 256.0 {
+        // By value, as below.
+        *acc = add_any(s, *acc, factor, codes, col);
+        return;
+    }
+    let factor = s.splat(256.0 * factor);
+    for (acc, bytes) in acc.iter_mut().zip(bytes.chunks_exact(S::LANES)) {
+        *acc = s.add(*acc, s.mul(factor, part(bytes)));
+    }
+}
+
+/// [`add_widened`] where it is rare.
+#[cold]
+#[inline(never)]
+fn add_any<S: Simd, E: Element, const NV: usize>(
+    s: S,
+    mut acc: [S::V; NV],
+    factor: f32,
+    codes: &[E],
+    col: usize,
+) -> [S::V; NV] {
+    s.vectorize(
+        #[inline(always)]
+        || {
+            add_widened(s, &mut acc, factor, codes, col);
+            acc
+        },
+    )
 }
 
 /// The codes that hold values `col..col + n`, and where among them value `col` is. With a code a value they are

@@ -84,7 +84,7 @@ fn ahead<E: Element>(width: usize) -> usize {
 /// Asks for the row that comes [`AHEAD`] bytes after row `l` of a bag: in this block of columns, the next block, or
 /// the next bag, whose rows follow if `row` knows them. It comes to the second-level cache; a row that is [`NEAR`], and more
 /// than two lines, is then asked for in the first: what is widened is loaded a part of a line at a time, and all parts of a
-/// line would wait for it. Not so f32, which is loaded a line at a time, and e4m3, whose decoding takes longer than that.
+/// line would wait for it. Not so f32, which is loaded a line at a time.
 #[inline(always)]
 fn ask<S: Simd, T: RowStore>(
     s: S,
@@ -94,7 +94,7 @@ fn ask<S: Simd, T: RowStore>(
     (col, width): (usize, usize),
 ) {
     if T::Elem::codes(width) * size_of::<T::Elem>() > 128
-        && !matches!(T::Elem::FORMAT, Format::F32 | Format::E4m3)
+        && T::Elem::FORMAT != Format::F32
         && l + NEAR < bag
         && let Some(id) = row(l + NEAR)
         && let Some(codes) = table.row(id).codes.get(T::Elem::codes(col)..T::Elem::codes(col) + T::Elem::codes(width))
@@ -150,8 +150,8 @@ struct Sum<'a, T> {
 }
 
 impl<T: RowStore> Columns for Sum<'_, T> {
-    // Decoding fp8 takes longer than reading it, and rows of more bytes are slower so.
-    const WIDE: bool = matches!(T::Elem::FORMAT, Format::Int8);
+    // Rows of more bytes are slower so, and groups of int4, whose products take registers too.
+    const WIDE: bool = matches!(T::Elem::FORMAT, Format::Int8 | Format::E4m3 | Format::E5m2);
 
     #[inline(always)]
     fn block<S: Simd, const NV: usize>(&mut self, s: S, col: usize) {
