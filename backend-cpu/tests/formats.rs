@@ -103,3 +103,34 @@ fn each_code_alone() {
     rows("e5m2", E5m2);
     rows("int8", |bits| bits.cast_signed());
 }
+
+/// Factors so great or small that a power of two cannot be moved between them and the values.
+#[test]
+fn factors_at_the_ends_of_their_range() {
+    fn rows<E: Element>(what: &str, code: impl Fn(u32) -> E) {
+        let dim = 288;
+        let codes: Vec<E> = (0..2 * E::codes(dim)).zip(0..).map(|(_, i)| code(i)).collect();
+        let table = DenseRows::new(&codes, dim);
+        let greatest =
+            [f32::MAX, f32::MAX / 2.0, f32::MAX / 255.0, f32::MAX / 256.0, f32::MAX / 257.0, f32::MAX / 1024.0];
+        let least = [f32::MIN_POSITIVE, 1e-40, 1e-45, 0.0, f32::INFINITY, f32::NAN];
+        for weight in greatest.into_iter().chain(least).flat_map(|x| [x, -x]) {
+            let (ids, weights) = (&[0, 1][..], &[weight, 1.0][..]);
+            let (mut expected, mut found) = (vec![0.0; dim], vec![0.0; dim]);
+            let args = BagSum { bag: 2, ids, weights, out: &mut expected[..], accumulate: false };
+            Reference::<f32>::new().bag_sum(&table, args).expect("sums");
+            for cpu in cpus() {
+                let args = BagSum { bag: 2, ids, weights, out: &mut found[..], accumulate: false };
+                cpu.bag_sum(&table, args).expect("sums");
+                for (i, (e, f)) in expected.iter().zip(&found).enumerate() {
+                    let same = e.to_bits() == f.to_bits() || e.is_nan() && f.is_nan();
+                    assert!(same, "{what} times {weight} on {}: sum {i} is {f} for {e}", cpu.name());
+                }
+            }
+        }
+    }
+    // No code is NaN: a block with one is summed otherwise.
+    rows("e4m3", |i| E4m3(u8::try_from(i % 127).expect("a byte") | if i % 3 == 0 { 0x80 } else { 0 }));
+    rows("int4", |i| Int4::<32>(u8::try_from(i % 251).expect("a byte")));
+    rows("int4x64", |i| Int4::<64>(u8::try_from(i % 251).expect("a byte")));
+}

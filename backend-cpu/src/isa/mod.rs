@@ -267,13 +267,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Panics
     /// If the row has fewer.
     #[inline(always)]
-    fn add_scaled<E: Element, const NV: usize>(
-        self,
-        acc: &mut [Self::V; NV],
-        factor: f32,
-        codes: &[E],
-        col: usize,
-    ) {
+    fn add_scaled<E: Element, const NV: usize>(self, acc: &mut [Self::V; NV], factor: f32, codes: &[E], col: usize) {
         rows::add_widened(self, acc, factor, codes, col);
     }
 
