@@ -85,6 +85,7 @@ pub(crate) fn widen<E: Element>(codes: &[E], col: usize, out: &mut [f32]) {
 }
 
 /// Where the values from `col` on are in a row of [`Int4`], for a vector that lies in half a group.
+#[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
 pub(super) struct Nibbles {
     /// The first byte of their group.
@@ -95,6 +96,7 @@ pub(super) struct Nibbles {
     pub(super) shift: i32,
 }
 
+#[cfg(target_arch = "x86_64")]
 impl Nibbles {
     #[inline(always)]
     pub(super) const fn new(group: usize, col: usize) -> Self {
@@ -163,6 +165,7 @@ pub(super) fn add_widened<S: Simd, E: Element, const NV: usize>(
 
 /// The same of e4m3, where `part` gives a vector's values without what most of them do not need: a 256th of them, of codes
 /// that are no NaN. A power of two takes nothing from the products, unless the factor then overflows.
+#[cfg(target_arch = "x86_64")]
 #[inline(always)]
 pub(super) fn add_e4m3<S: Simd, E: Element, const NV: usize>(
     s: S,
@@ -186,6 +189,7 @@ pub(super) fn add_e4m3<S: Simd, E: Element, const NV: usize>(
 }
 
 /// [`add_widened`] where it is rare.
+#[cfg(target_arch = "x86_64")]
 #[cold]
 #[inline(never)]
 fn add_any<S: Simd, E: Element, const NV: usize>(

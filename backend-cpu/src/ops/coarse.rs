@@ -63,6 +63,18 @@ impl Bounds {
     pub(super) fn of_scale(scale: f32) -> Self {
         Self { max: bounded(128.0 * scale.abs()), norm: f32::INFINITY, rest: 0.0 }
     }
+    /// Of int8 codes with their scales and the sums of their squares; the norms are squared.
+    #[inline(always)]
+    fn of_codes(scales: &[f32], squares: &[i32]) -> Self {
+        // The bits of magnitudes are in their order, and those of NaN above all.
+        let (mut max, mut norm) = (0, 0.0);
+        for (scale, &square) in scales.iter().zip(squares) {
+            max = scale.abs().to_bits().max(max);
+            let square = scale * scale * square as f32;
+            norm = if square > norm { square } else { norm };
+        }
+        Self { norm, ..Self::of_scale(f32::from_bits(max)) }
+    }
     pub(super) fn and(self, other: Self) -> Self {
         let Self { max, norm, rest } = self;
         Self { max: max.max(other.max), norm: norm.max(other.norm), rest: rest.max(other.rest) }
@@ -290,16 +302,11 @@ impl Panel<'_> {
         #[allow(clippy::cast_possible_truncation, reason = "a row of a table: ids have 32 bits")]
         let together = if count == WIDTH { keys.run(first as u32, WIDTH) } else { None };
         if let Some((codes, scales)) = together.and_then(|rows| as_int8(&rows, WIDTH))
-            && int8.pack_rows(token, codes, dim, self.codes)
+            && let Some(squares) = int8.pack_rows(token, codes, dim, self.codes)
         {
             self.scales.fill(1.0);
             self.scales[..scales.len()].copy_from_slice(scales);
-            dispatch!(token, _s => {
-                for (&scale, codes) in self.scales.iter().zip(codes.chunks_exact(dim)) {
-                    bounds = bounds.and(Bounds { norm: square(scale, codes), ..Bounds::of_scale(scale) });
-                }
-            });
-            return bounds.root().store(self.bounds);
+            return dispatch!(token, _s => Bounds::of_codes(self.scales, &squares)).root().store(self.bounds);
         }
         self.scales.fill(0.0);
         if count < WIDTH {

@@ -101,6 +101,27 @@ impl Dot {
     }
 
     #[inline(always)]
+    pub(super) fn squares(self, panel: &[u32]) -> [i32; WIDTH] {
+        // SAFETY: the CPU has the features by the token, and that is all the function asks for.
+        unsafe { Self::squares_of(panel) }
+    }
+
+    #[target_feature(enable = "neon,dotprod")]
+    fn squares_of(panel: &[u32]) -> [i32; WIDTH] {
+        let mut squares = [0; WIDTH];
+        for row in panel.chunks_exact(WIDTH) {
+            for (four, to) in row.chunks_exact(4).zip(squares.chunks_exact_mut(4)) {
+                // SAFETY: both chunks have four words.
+                unsafe {
+                    let codes = vreinterpretq_s8_u32(vld1q_u32(four.as_ptr()));
+                    vst1q_s32(to.as_mut_ptr(), sdot(vld1q_s32(to.as_ptr()), codes, codes));
+                }
+            }
+        }
+        squares
+    }
+
+    #[inline(always)]
     pub(super) fn dots(self, query: &[i8; MAX_DIM], dim: usize, rows: &[i8], out: &mut [f32]) {
         for (out, row) in out.iter_mut().zip(rows.chunks_exact(dim.max(1))) {
             // SAFETY: the CPU has the feature by the token.

@@ -120,21 +120,22 @@ impl Int8 {
         each!(self, it => it.pack_column(codes, n, panel));
     }
 
-    /// Writes [`WIDTH`] rows of `dim` codes that lie one after the other as the columns of a panel, and returns true; false if
-    /// it is not by squares of words that they can be turned.
-    pub(crate) fn pack_rows(self, token: Token, codes: &[i8], dim: usize, panel: &mut [u32]) -> bool {
+    /// Writes [`WIDTH`] rows of `dim` codes that lie one after the other as the columns of a panel, and gives the sum of each
+    /// one's squares; nothing if it is not by squares of words that they can be turned.
+    pub(crate) fn pack_rows(self, token: Token, codes: &[i8], dim: usize, panel: &mut [u32]) -> Option<[i32; WIDTH]> {
+        let words = bytemuck::try_cast_slice(codes).ok().filter(|_| dim.is_multiple_of(4))?;
         // What is added to the codes of a panel of rows of words.
-        let offset = match self {
+        let turn = |offset, panel: &mut [u32]| dispatch!(token, s => turn_words(s, words, dim / 4, offset, panel));
+        match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Vnni(_) | Self::AvxVnni(_) => vnni::OFFSETS,
+            Self::Vnni(it) => turn(vnni::OFFSETS, panel).then(|| it.squares(panel)),
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni(it) => turn(vnni::OFFSETS, panel).then(|| it.squares(panel)),
             #[cfg(target_arch = "aarch64")]
-            Self::Dot(_) => 0,
+            Self::Dot(it) => turn(0, panel).then(|| it.squares(panel)),
             #[cfg(target_arch = "aarch64")]
-            Self::Matrix(_) => return false,
-        };
-        // Words are turned as scalars, which keeps their bits.
-        let Ok(words) = bytemuck::try_cast_slice(codes) else { return false };
-        dim.is_multiple_of(4) && dispatch!(token, s => turn_words(s, words, dim / 4, offset, panel))
+            Self::Matrix(_) => None,
+        }
     }
 
     /// `out[r · stride + j] = scales[j] · Σ left(r) · panel(j)`, for the rows of `left`, at most [`ROWS`] of [`left_len`],
@@ -238,8 +239,9 @@ mod tests {
             rows.iter().enumerate().for_each(|(n, row)| int8.pack_column(row, n, &mut panel));
             let mut together = vec![u32::MAX; panel.len()];
             // From a vector of bytes on, as the allocator aligns them.
-            if int8.pack_rows(token, &rows.concat(), dim, &mut together) {
+            if let Some(squares) = int8.pack_rows(token, &rows.concat(), dim, &mut together) {
                 assert_eq!(panel, together, "{int8:?}, dim {dim}");
+                assert!(rows.iter().map(|row| dot(row, row)).eq(squares), "{int8:?}, dim {dim}");
             } else {
                 assert!(!cfg!(target_arch = "x86_64") || !dim.is_multiple_of(64), "{int8:?}, dim {dim}");
             }

@@ -90,6 +90,36 @@ impl Vnni {
     }
 
     #[inline(always)]
+    pub(super) fn squares(self, panel: &[u32]) -> [i32; WIDTH] {
+        // SAFETY: the CPU has the features by the token, and that is all the function asks for.
+        unsafe { Self::squares_of(panel) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn squares_of(panel: &[u32]) -> [i32; WIDTH] {
+        let (offsets, ones) = (_mm512_set1_epi32(OFFSETS.cast_signed()), _mm512_set1_epi8(1));
+        let (mut sums, mut squares) = ([_mm512_setzero_si512(); 2], [0; WIDTH]);
+        let mut codes = sums;
+        for row in panel.chunks_exact(WIDTH) {
+            for ((part, sum), codes) in row.chunks_exact(16).zip(&mut sums).zip(&mut codes) {
+                // SAFETY: the chunk has 16 words.
+                let shifted = unsafe { _mm512_loadu_si512(part.as_ptr().cast()) };
+                let code = _mm512_xor_si512(shifted, offsets);
+                *sum = _mm512_dpbusd_epi32(*sum, shifted, code);
+                *codes = _mm512_dpbusd_epi32(*codes, ones, code);
+            }
+        }
+        // The offset has added as many times the codes.
+        for ((sum, codes), to) in sums.into_iter().zip(codes).zip(squares.chunks_exact_mut(16)) {
+            // SAFETY: the chunk has 16 words.
+            unsafe {
+                _mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_sub_epi32(sum, _mm512_slli_epi32::<7>(codes)))
+            };
+        }
+        squares
+    }
+
+    #[inline(always)]
     pub(super) fn dots(self, query: &[i8; MAX_DIM], dim: usize, rows: &[i8], out: &mut [f32]) {
         let start = start(&query[..dim]);
         for (i, out) in out.chunks_mut(16).enumerate() {
@@ -197,6 +227,36 @@ impl AvxVnni {
             }
         }
         R
+    }
+
+    #[inline(always)]
+    pub(super) fn squares(self, panel: &[u32]) -> [i32; WIDTH] {
+        // SAFETY: the CPU has the features by the token, and that is all the function asks for.
+        unsafe { Self::squares_of(panel) }
+    }
+
+    #[target_feature(enable = "avx2,avxvnni")]
+    fn squares_of(panel: &[u32]) -> [i32; WIDTH] {
+        let (offsets, ones) = (_mm256_set1_epi32(OFFSETS.cast_signed()), _mm256_set1_epi8(1));
+        let (mut sums, mut squares) = ([_mm256_setzero_si256(); 4], [0; WIDTH]);
+        let mut codes = sums;
+        for row in panel.chunks_exact(WIDTH) {
+            for ((part, sum), codes) in row.chunks_exact(8).zip(&mut sums).zip(&mut codes) {
+                // SAFETY: the chunk has 8 words.
+                let shifted = unsafe { _mm256_loadu_si256(part.as_ptr().cast()) };
+                let code = _mm256_xor_si256(shifted, offsets);
+                *sum = _mm256_dpbusd_avx_epi32(*sum, shifted, code);
+                *codes = _mm256_dpbusd_avx_epi32(*codes, ones, code);
+            }
+        }
+        // The offset has added as many times the codes.
+        for ((sum, codes), to) in sums.into_iter().zip(codes).zip(squares.chunks_exact_mut(8)) {
+            // SAFETY: the chunk has 8 words.
+            unsafe {
+                _mm256_storeu_si256(to.as_mut_ptr().cast(), _mm256_sub_epi32(sum, _mm256_slli_epi32::<7>(codes)))
+            };
+        }
+        squares
     }
 
     #[inline(always)]
