@@ -19,7 +19,7 @@ use crate::ops::{piece, select_backward};
 const FEW: usize = 16;
 
 /// Sub-keys that one piece of work scores for few tokens.
-const KEYS: usize = 128;
+const KEYS: usize = 512;
 
 /// How the sub-keys are scored.
 #[derive(Clone, Copy)]
@@ -196,7 +196,7 @@ impl Cpu {
     ) {
         let (dims, c) = (layout.dims, layout.dims.half_dim);
         let halves = dims.heads * dims.parts;
-        let cost = dims.tokens * dims.key_rows() * row_cost(c) / 4;
+        let cost = dims.tokens * dims.key_rows() * row_cost(c) / 8;
         let pieces_of_row = dims.sub_keys.div_ceil(KEYS);
         let rows = scores.chunks_mut(layout.padded).zip(bounds.chunks_mut(pieces_of_row * Bounds::LEN)).enumerate();
         let pieces = rows.flat_map(|(row, (scores, bounds))| {
@@ -314,15 +314,19 @@ impl Cpu {
         (codes, scales, bounds): (&mut [u32], &mut [f32], &mut [f32]),
     ) {
         let (n, c) = (layout.dims.sub_keys, layout.dims.half_dim);
-        let per_half = layout.padded / int8::WIDTH;
-        let cost = layout.dims.key_rows() * c / 2;
-        let panels = codes.chunks_mut(int8::words(c) * int8::WIDTH).zip(scales.chunks_mut(int8::WIDTH));
-        let panels = panels.zip(bounds.chunks_mut(Bounds::LEN)).enumerate();
-        self.pool.for_each(cost, panels, |(i, ((codes, scales), bounds))| {
-            let (half, first) = (i / per_half, i % per_half * int8::WIDTH);
-            let count = int8::WIDTH.min(n.saturating_sub(first));
-            let mut panel = coarse::Panel { codes, scales, bounds };
-            panel.lay_out((self.token, int8), keys, half * n + first, count, c);
+        let (per_half, words) = (layout.padded / int8::WIDTH, int8::words(c) * int8::WIDTH);
+        let (count, cost) = (scales.len() / int8::WIDTH, int8::WIDTH * c / 2);
+        let piece = piece(count, cost);
+        let pieces = codes.chunks_mut(piece * words).zip(scales.chunks_mut(piece * int8::WIDTH));
+        let pieces = pieces.zip(bounds.chunks_mut(piece * Bounds::LEN)).enumerate();
+        self.pool.for_each(count * cost, pieces, |(i, ((codes, scales), bounds))| {
+            let panels = codes.chunks_mut(words).zip(scales.chunks_mut(int8::WIDTH));
+            for (i, ((codes, scales), bounds)) in (i * piece..).zip(panels.zip(bounds.chunks_mut(Bounds::LEN))) {
+                let (half, first) = (i / per_half, i % per_half * int8::WIDTH);
+                let count = int8::WIDTH.min(n.saturating_sub(first));
+                let mut panel = coarse::Panel { codes, scales, bounds };
+                panel.lay_out((self.token, int8), keys, half * n + first, count, c);
+            }
         });
     }
 
