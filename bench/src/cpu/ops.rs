@@ -18,7 +18,7 @@ use crate::error::BenchError;
 pub(super) type Call = Box<dyn FnMut() -> Result<(), BenchError>>;
 
 /// Rows, or blocks of them, that the limit asks for ahead of time: the best of these counts.
-pub(super) const AHEAD: [usize; 3] = [8, 16, 32];
+pub(super) const AHEAD: [usize; 4] = [8, 16, 32, 64];
 
 /// Sets of queries that take turns.
 const QUERIES: usize = 16;
