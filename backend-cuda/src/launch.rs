@@ -775,3 +775,41 @@ impl Drop for Event {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use memlayer_core::Device as _;
+
+    use super::*;
+    use crate::Cuda;
+    use crate::kernels::{File, Variant};
+
+    /// What asks for more shared memory than the device has is not run, and does not disturb what comes behind it.
+    #[test]
+    fn more_shared_memory_than_there_is() {
+        let cuda = match Cuda::new(0) {
+            Ok(cuda) => cuda,
+            Err(error) => {
+                let required = std::env::var("MEMLAYER_REQUIRE_CUDA").is_ok_and(|v| v == "1");
+                assert!(!required, "a CUDA device is required here: {error}");
+                return;
+            }
+        };
+        let kernel = cuda.kernels.get(Variant::of(File::Dense), "total").expect("a kernel");
+        let (sums, mut out) = (cuda.upload(&[1f32, 2.0]).expect("a buffer"), cuda.zeros::<f32>(1).expect("a buffer"));
+        let mut run = |bytes| {
+            let mut args = Args::new().read(sums.view()).value(2u64).write(&out.view_mut());
+            let launched = cuda.stream.launch(&kernel, Shape::new(1, 256).shared(bytes), &mut args);
+            let mut found = [0f32];
+            cuda.read(out.view(), &mut found).expect("a number");
+            (launched, found[0])
+        };
+        let shared = cuda.properties.shared;
+        let (refused, found) = run(shared + 1);
+        assert!(matches!(refused, Err(CudaError::Driver { call: "cuFuncSetAttribute", .. })), "{refused:?}");
+        assert_eq!(found, 0.0, "it ran");
+        // What the kernel declares itself counts too.
+        assert_eq!(run(shared - 1024), (Ok(()), 3.0));
+        assert_eq!(cuda.synchronize(), Ok(()));
+    }
+}
