@@ -81,6 +81,15 @@ template <int BYTES> __device__ __forceinline__ Raw<BYTES> load_once(const void*
     return r;
 }
 
+// The same, 16 bytes of a line whose rest another warp of the block reads at about the same time: by way of the first-level
+// cache, where they meet.
+__device__ __forceinline__ Raw<16> load_beside(const void* p) {
+    Raw<16> r;
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r.w[0]), "=r"(r.w[1]), "=r"(r.w[2]), "=r"(r.w[3]) : "l"(p));
+    return r;
+}
+
 // Kernels that are launched "early" (see `Shape::early`) begin while the one before them still runs: before this wait they
 // touch nothing but prefetches, behind it all that was launched before is over and seen. What the kernel before may have
 // written is then read by `load_fresh`, for the loads of data that is constant while a kernel runs are not theirs.

@@ -1,4 +1,4 @@
-// The dense rest but its products: bias, norms and gates, forward and backward. All rows are dense and in f32.
+// The dense rest but its products: bias, norms and gates, forward and backward, and steps of dense parameters. All is in f32.
 //
 // Sums over tokens are made by one block a column in a fixed order, so results are the same every time.
 
@@ -233,4 +233,50 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) dgate[t] = sum;
+}
+
+// The factors of `AdamW` in `ops/adamw.rs`.
+struct AdamW {
+    float rate, eps, beta1, beta2, scale, keep;
+};
+
+// A step of `len` values and their moments, each operation apart.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    adamw(AdamW s, const float* __restrict__ grad, float* __restrict__ x, float* __restrict__ first,
+          float* __restrict__ second, u64 len) {
+    EACH(i, len) {
+        const float g = grad[i] * s.scale;
+        const float m = s.beta1 * first[i] + (1.0f - s.beta1) * g;
+        const float v = s.beta2 * second[i] + (1.0f - s.beta2) * g * g;
+        first[i] = m;
+        second[i] = v;
+        x[i] = s.keep * x[i] - s.rate * m / (sqrtf(v) + s.eps);
+    }
+}
+
+// The sum over a block, in its first thread.
+__device__ __forceinline__ float sum_block(float x) {
+    __shared__ float warp_sums[THREADS / 32];
+    x = warp_sum(x);
+    if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = x;
+    __syncthreads();
+    float sum = 0.0f;
+    for (int w = 0; w < THREADS / 32; w++) sum += warp_sums[w];
+    return sum;
+}
+
+// The sums of the squares of `len` values, one for each block. Horizontal, their order fixed by the launch.
+extern "C" __global__ void __launch_bounds__(THREADS) squares(const float* __restrict__ x, u64 len, float* __restrict__ sums) {
+    float sum = 0.0f;
+    EACH(i, len) sum = fmaf(x[i], x[i], sum);
+    sum = sum_block(sum);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+// The sum of `len` sums, by one block.
+extern "C" __global__ void __launch_bounds__(THREADS) total(const float* __restrict__ sums, u64 len, float* __restrict__ out) {
+    float sum = 0.0f;
+    EACH(i, len) sum += sums[i];
+    sum = sum_block(sum);
+    if (threadIdx.x == 0) *out = sum;
 }

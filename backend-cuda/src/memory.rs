@@ -71,7 +71,7 @@ pub struct ViewMut<'a, T> {
 }
 
 impl<T> View<'_, T> {
-    /// Only where the memory is known to be there: see `launch.rs`.
+    /// Only where the memory is known to be there: see `launch`.
     pub(crate) const fn at(pointer: u64, len: usize) -> Self {
         Self { pointer, len, items: PhantomData }
     }
@@ -102,7 +102,7 @@ impl<T> View<'_, T> {
 }
 
 impl<'a, T> ViewMut<'a, T> {
-    /// Only where the memory is known to be there, and not lent twice: see `launch.rs`.
+    /// Only where the memory is known to be there, and not lent twice: see `launch`.
     pub(crate) const fn at(pointer: u64, len: usize) -> Self {
         Self { pointer, len, items: PhantomData }
     }

@@ -12,7 +12,7 @@ use memlayer_core::ops::plan::{PlanBuffers, RowGradient};
 use memlayer_core::ops::select::{Select, SelectDims};
 use memlayer_core::ops::{Dense, EmbeddingBag, RowReduce, SelectRows};
 use memlayer_core::{ArgError, Bf16, DenseRows, Device, F16, Int4, Reference, Trainable};
-use memlayer_cuda::{Buffer, Cuda, CudaError, Rows, Scores, TrainRows};
+use memlayer_cuda::{AdamW, Buffer, Cuda, CudaError, Rows, SQUARE_PARTS, Scores, TrainRows};
 use memlayer_tests::conformance::{assert_same_bits, skipped};
 use memlayer_tests::device::{Memory, TestDevice};
 use memlayer_tests::golden::{check_on, files_in};
@@ -149,6 +149,49 @@ fn wide_rows_do_not_disturb_each_other() {
             assert!(expected == found, "{rows} rows of {dim}");
         }
     }
+}
+
+/// A row-wise rule keeps a row's gradient in a block's shared memory. Rows that fit into it on every device from sm_80 on are
+/// updated, and rows that fit on none are refused before anything is written.
+#[test]
+fn rows_that_no_block_holds_are_refused() {
+    let Some(cuda) = cuda() else { return skipped("cuda") };
+    let (rule, the_step) = (RowwiseAdagrad { eps: 1e-8 }, Step::new(0.1, 1));
+    let case_of = |dim| Case::new(&mut Random::new(1), 2, dim, 1, 3);
+    let (ids, table_of) = ([1, 0, 1], |dim| vec![Bf16::from_f32(1.5); 2 * dim]);
+    let (fits, case) = (table_of(40_000), case_of(40_000));
+    let found = step(&cuda, &rule, &the_step, &case, &fits, &ids);
+    assert!(found == on_reference(&rule, &the_step, &case, &fits, &ids), "rows of {}", case.dim);
+
+    let case = case_of(65_536);
+    let mut table = cuda.upload(&table_of(case.dim)).expect("a table");
+    let mut state = cuda.zeros::<f32>(case.rows).expect("a state");
+    let (mut buffer, mut dots) = (planned(&cuda, &case, &ids), cuda.zeros::<f32>(ids.len()).expect("dots"));
+    let (plan, _) = PlanBuffers::<Cuda>::carve(buffer.view_mut(), ids.len()).expect("a plan");
+    let (weights, sources) =
+        (cuda.upload(&case.weights).expect("weights"), cuda.upload(&case.sources).expect("sources"));
+    let gradient = || RowGradient { bag: 1, dim: case.dim, weights: weights.view(), sources: sources.view() };
+    let req = RowUpdate::<TrainRows<'_, Bf16>, RowwiseAdagrad>::reduce_and_update_scratch(&cuda, case.dim);
+    let mut scratch = Memory::new(&cuda, req);
+    for way in ["update", "reduce_and_update", "dot_reduce_and_update"] {
+        let rows = TrainRows::new(table.view_mut(), case.dim, state.view_mut(), 1).expect("rows");
+        let refused = match way {
+            "update" => cuda.update(rows, &rule, &the_step, plan.plan(), sources.view(), scratch.lend()),
+            "reduce_and_update" => {
+                cuda.reduce_and_update(rows, &rule, &the_step, plan.plan(), gradient(), scratch.lend())
+            }
+            _ => {
+                let dots = dots.view_mut();
+                cuda.dot_reduce_and_update(rows, &rule, &the_step, plan.plan(), gradient(), dots, scratch.lend())
+            }
+        };
+        let what = "a row-wise rule over rows as wide as these";
+        assert_eq!(refused, Err(CudaError::Unsupported { op: way, what }));
+    }
+    assert!(TestDevice::download(&cuda, &table) == table_of(case.dim), "a refused update wrote");
+    // A rule that keeps no rate for a row has no such limit.
+    let found = step(&cuda, &Sgd, &the_step, &case, &table_of(case.dim), &ids);
+    assert!(found == on_reference(&Sgd, &the_step, &case, &table_of(case.dim), &ids), "rows of {}", case.dim);
 }
 
 /// Rows of all three lengths, in one pass with their dots and in two: the same bits in table and state, dots within their
@@ -573,4 +616,58 @@ fn products_for_few_tokens_are_exact_where_they_can_be() {
         }
     }
     cuda.synchronize().expect("all of it");
+}
+
+/// The loop that [`AdamW`] describes, in one pass on the device: the same bits.
+#[test]
+fn a_step_of_adamw_has_the_bits_of_the_loop() {
+    let Some(cuda) = cuda() else { return skipped("cuda") };
+    let s = AdamW { rate: 3e-3, eps: 1e-7, beta1: 0.9, beta2: 0.98, scale: 0.7, keep: 0.999 };
+    for len in [1, 31, 100_003] {
+        let mut random = Random::new(len as u64);
+        let mut x: Vec<f32> = random.reals(len);
+        let (mut first, mut second) = (vec![0f32; len], vec![0f32; len]);
+        let upload = |values: &[f32]| cuda.upload(values).expect("a buffer");
+        let (mut x_there, mut first_there, mut second_there) = (upload(&x), upload(&first), upload(&second));
+        for _ in 0..3 {
+            let grad: Vec<f32> = random.reals(len);
+            let grad_there = upload(&grad);
+            let (m, v) = (first_there.view_mut(), second_there.view_mut());
+            cuda.adamw(s, grad_there.view(), x_there.view_mut(), m, v).expect("a step");
+            for (((x, &g), m), v) in x.iter_mut().zip(&grad).zip(&mut first).zip(&mut second) {
+                let g = g * s.scale;
+                *m = s.beta1 * *m + (1.0 - s.beta1) * g;
+                *v = s.beta2 * *v + (1.0 - s.beta2) * g * g;
+                *x = s.keep * *x - s.rate * *m / (v.sqrt() + s.eps);
+            }
+        }
+        for (found, expected) in [(&x_there, &x), (&first_there, &first), (&second_there, &second)] {
+            assert!(TestDevice::download(&cuda, found) == *expected, "{len} values");
+        }
+    }
+    let (mut three, mut two) = (cuda.zeros::<f32>(3).expect("a buffer"), cuda.zeros::<f32>(2).expect("a buffer"));
+    let grad = cuda.zeros::<f32>(3).expect("a buffer");
+    let mut other = cuda.zeros::<f32>(3).expect("a buffer");
+    let refused = cuda.adamw(s, grad.view(), three.view_mut(), two.view_mut(), other.view_mut());
+    assert_eq!(refused, Err(CudaError::Arg(ArgError::Shape { op: "adamw", operand: "first", expected: 3, found: 2 })));
+}
+
+/// Within `c · eps` of the exact sum, and the same from run to run.
+#[test]
+fn squares_of_several_buffers_are_summed_in_their_bound() {
+    let Some(cuda) = cuda() else { return skipped("cuda") };
+    let values: Vec<Vec<f32>> = [1, 0, 1000, 300_001].map(|len| Random::new(7 + len as u64).reals(len)).into();
+    let buffers: Vec<_> = values.iter().map(|v| cuda.upload(v).expect("a buffer")).collect();
+    let views: Vec<_> = buffers.iter().map(Buffer::view).collect();
+    let mut parts = cuda.zeros::<f32>(views.len() * SQUARE_PARTS).expect("a buffer");
+    let mut sum = || {
+        let mut out = cuda.upload(&[f32::NAN]).expect("a buffer");
+        cuda.sum_squares(&views, parts.view_mut(), out.view_mut()).expect("a launch");
+        TestDevice::download(&cuda, &out)[0]
+    };
+    let exact: f64 = values.iter().flatten().map(|&x| f64::from(x) * f64::from(x)).sum();
+    let found = sum();
+    // No value passes through more than a hundred sums.
+    assert!((f64::from(found) - exact).abs() <= 100.0 * f64::from(f32::EPSILON) * exact, "{found} for {exact}");
+    assert_eq!(found.to_bits(), sum().to_bits());
 }

@@ -39,6 +39,8 @@
 //! are. candle needs nvcc to be built so; on a machine without it `eval "$(candle/toolkit)"` fetches what is missing, and the
 //! program then runs wherever CUDA 13 is installed.
 
+#[cfg(feature = "cuda")]
+pub mod adamw;
 mod backend;
 mod compute;
 mod error;

@@ -178,3 +178,41 @@ fn what_was_read_can_be_seen() {
     assert_eq!(a.ids, b.ids);
     assert!(distance(&a.weights, &b.weights) < 2e-5);
 }
+
+/// A variable on a GPU and its moments, after some steps, beside the same loop on the host.
+#[test]
+fn adamw_in_place_is_the_loop_on_the_host() {
+    use memlayer_candle::adamw::{AdamW, Moments, square_sum};
+    let Some(device) = gpu() else { return };
+    let Compute::Cuda(cuda) = Compute::for_device(&device).expect("a backend") else { panic!("the GPU is none") };
+    let step = AdamW { rate: 1e-2, eps: 1e-8, beta1: 0.9, beta2: 0.98, scale: 0.5, keep: 0.99 };
+    let (mut x, mut m, mut v) = (numbers(35, 1), vec![0f32; 35], vec![0f32; 35]);
+    let var = Var::from_tensor(&Tensor::from_slice(&x, (5, 7), &device).expect("a tensor")).expect("a var");
+    let mut moments = Moments::zeros(&cuda, 35).expect("moments");
+    for seed in 2..5 {
+        let grad = numbers(35, seed);
+        // A gradient that lies in another order than it counts.
+        let turned =
+            Tensor::from_slice(&grad, (5, 7), &device).and_then(|g| g.t()?.contiguous()?.t()).expect("a tensor");
+        moments.step(&var, &turned, step).expect("a step");
+        let found = square_sum(&cuda, &[&turned, &turned.narrow(0, 1, 2).expect("a part")]).expect("a sum");
+        let expected: f32 = grad.iter().chain(&grad[7..21]).map(|g| g * g).sum();
+        assert!((found - f64::from(expected)).abs() < 1e-4, "{found} for {expected}");
+        for (((x, g), m), v) in x.iter_mut().zip(grad).zip(&mut m).zip(&mut v) {
+            let g = g * step.scale;
+            *m = step.beta1 * *m + (1.0 - step.beta1) * g;
+            *v = step.beta2 * *v + (1.0 - step.beta2) * g * g;
+            *x = step.keep * *x - step.rate * *m / (v.sqrt() + step.eps);
+        }
+    }
+    let found = var.flatten_all().and_then(|x| x.to_vec1::<f32>()).expect("values");
+    assert!(found == x, "the variable");
+    assert!(moments.get().expect("moments") == [m.clone(), v.clone()], "its moments");
+    assert!(
+        Moments::new(&cuda, &m, &v).and_then(|moments| moments.get()).expect("moments") == [m, v],
+        "moments put back"
+    );
+    assert!(Moments::new(&cuda, &[0.0; 2], &[0.0; 3]).is_err(), "moments of different lengths");
+    let short = Var::zeros(34, DType::F32, &device).expect("a var");
+    assert!(moments.step(&short, short.as_tensor(), step).is_err(), "a variable of another length");
+}

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
+use memlayer_candle::Compute;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{LmError, Result};
@@ -31,6 +32,7 @@ impl Default for AdamWConfig {
 #[derive(Debug)]
 pub struct AdamW {
     config: AdamWConfig,
+    compute: Compute,
     slots: Vec<Slot>,
     steps: u64,
 }
@@ -47,8 +49,12 @@ struct Slot {
 /// Both moments of a variable, where it is.
 #[derive(Debug)]
 enum Moments {
-    Host { first: Vec<f32>, second: Vec<f32> },
-    Device { first: Tensor, second: Tensor },
+    Host {
+        first: Vec<f32>,
+        second: Vec<f32>,
+    },
+    #[cfg(feature = "cuda")]
+    Cuda(memlayer_candle::adamw::Moments),
 }
 
 /// What a step multiplies by.
@@ -65,50 +71,53 @@ struct Factors {
 }
 
 impl Moments {
-    fn zeros(var: &Var) -> candle_core::Result<Self> {
+    fn zeros(var: &Var, compute: &Compute) -> Result<Self> {
         let len = var.elem_count();
-        if var.device().is_cpu() {
-            return Ok(Self::Host { first: vec![0.0; len], second: vec![0.0; len] });
+        match compute {
+            #[cfg(feature = "cuda")]
+            Compute::Cuda(cuda) => Ok(Self::Cuda(memlayer_candle::adamw::Moments::zeros(cuda, len)?)),
+            _ => Ok(Self::Host { first: vec![0.0; len], second: vec![0.0; len] }),
         }
-        Ok(Self::Device { first: var.zeros_like()?, second: var.zeros_like()? })
     }
 
-    fn get(&self) -> candle_core::Result<[Cow<'_, [f32]>; 2]> {
+    fn get(&self) -> Result<[Cow<'_, [f32]>; 2]> {
         match self {
             Self::Host { first, second } => Ok([first.into(), second.into()]),
-            Self::Device { first, second } => {
-                let fetch = |t: &Tensor| Ok::<_, candle_core::Error>(t.flatten_all()?.to_vec1::<f32>()?.into());
-                Ok([fetch(first)?, fetch(second)?])
-            }
+            #[cfg(feature = "cuda")]
+            Self::Cuda(moments) => Ok(moments.get()?.map(Cow::Owned)),
         }
     }
 
     /// The same moments as other values, as many as the variable has.
-    fn set(&mut self, var: &Var, values: [Vec<f32>; 2]) -> candle_core::Result<()> {
-        let [a, b] = values;
-        *self = match self {
-            Self::Host { .. } => Self::Host { first: a, second: b },
-            Self::Device { .. } => {
-                let put = |values| Tensor::from_vec(values, var.shape(), var.device());
-                Self::Device { first: put(a)?, second: put(b)? }
-            }
+    fn set(&mut self, [a, b]: [Vec<f32>; 2], compute: &Compute) -> Result<()> {
+        *self = match compute {
+            #[cfg(feature = "cuda")]
+            Compute::Cuda(cuda) => Self::Cuda(memlayer_candle::adamw::Moments::new(cuda, &a, &b)?),
+            _ => Self::Host { first: a, second: b },
         };
         Ok(())
     }
 
-    /// The variable after a step.
-    fn step(&mut self, var: &Var, grad: &Tensor, factors: Factors) -> candle_core::Result<Tensor> {
+    /// A step of the variable.
+    fn step(&mut self, var: &Var, grad: &Tensor, factors: Factors) -> Result<()> {
         match self {
-            Self::Host { first, second } => host_step(var, grad, first, second, factors),
-            Self::Device { first, second } => {
-                let Factors { rate, eps, betas: (b1, b2), scale, keep } = factors;
-                let grad = (grad * scale)?;
-                *first = ((&*first * b1)? + (&grad * (1.0 - b1))?)?;
-                *second = ((&*second * b2)? + (grad.sqr()? * (1.0 - b2))?)?;
-                let moved = ((&*first * rate)? / (second.sqrt()? + eps)?)?;
-                (var.as_tensor() * keep)? - moved
+            Self::Host { first, second } => Ok(var.set(&host_step(var, grad, first, second, factors)?)?),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(moments) => {
+                let [rate, eps, beta1, beta2, scale, keep] = factors.rounded();
+                let step = memlayer_candle::adamw::AdamW { rate, eps, beta1, beta2, scale, keep };
+                Ok(moments.step(var, grad, step)?)
             }
         }
+    }
+}
+
+impl Factors {
+    /// Learning rate, eps, both betas, scale and decay in the variables' format.
+    fn rounded(self) -> [f32; 6] {
+        let Self { rate, eps, betas: (b1, b2), scale, keep } = self;
+        #[allow(clippy::cast_possible_truncation, reason = "rounding to the variables' format")]
+        [rate, eps, b1, b2, scale, keep].map(|x| x as f32)
     }
 }
 
@@ -119,9 +128,7 @@ fn host_step(
     second: &mut [f32],
     factors: Factors,
 ) -> candle_core::Result<Tensor> {
-    let Factors { rate, eps, betas: (b1, b2), scale, keep } = factors;
-    #[allow(clippy::cast_possible_truncation, reason = "rounding to the variables' format")]
-    let [rate, eps, b1, b2, scale, keep] = [rate, eps, b1, b2, scale, keep].map(|x| x as f32);
+    let [rate, eps, b1, b2, scale, keep] = factors.rounded();
     let changed = with_values(grad, |grad| {
         with_values(var.as_tensor(), |x| {
             let mut changed = Vec::with_capacity(x.len());
@@ -138,17 +145,17 @@ fn host_step(
 }
 
 impl AdamW {
-    /// An optimizer of these variables, with moments of zero.
+    /// An optimizer of these variables, which are where `compute` computes, with moments of zero.
     ///
     /// # Errors
-    /// candle's, if a device has no memory for them.
-    pub fn new(config: AdamWConfig, variables: Vec<(String, Var)>) -> Result<Self> {
+    /// The device's, if it has no memory for them.
+    pub fn new(config: AdamWConfig, variables: Vec<(String, Var)>, compute: &Compute) -> Result<Self> {
         let slots = variables.into_iter().map(|(name, var)| {
             let kept = ["embedding.weight", ".keys"].iter().any(|n| name.ends_with(n));
             let decays = var.rank() >= 2 && !kept && !name.ends_with("norm.weight");
-            Ok(Slot { name, moments: Moments::zeros(&var)?, var, decays })
+            Ok(Slot { name, moments: Moments::zeros(&var, compute)?, var, decays })
         });
-        Ok(Self { config, slots: slots.collect::<Result<_>>()?, steps: 0 })
+        Ok(Self { config, compute: compute.clone(), slots: slots.collect::<Result<_>>()?, steps: 0 })
     }
 
     /// Steps made.
@@ -162,21 +169,18 @@ impl AdamW {
     /// # Errors
     /// candle's.
     pub fn square_sum(&self, grads: &GradStore) -> Result<f64> {
-        let mut sum = 0.0;
-        let mut elsewhere = Vec::new();
-        for slot in &self.slots {
-            let Some(grad) = grads.get(&slot.var) else { continue };
-            if grad.device().is_cpu() {
-                sum += with_values(grad, |g| Ok(g.iter().map(|&g| f64::from(g) * f64::from(g)).sum::<f64>()))?;
-            } else {
-                elsewhere.push(grad.sqr()?.sum_all()?);
+        let grads = self.slots.iter().filter_map(|slot| grads.get(&slot.var));
+        match &self.compute {
+            #[cfg(feature = "cuda")]
+            Compute::Cuda(cuda) => Ok(memlayer_candle::adamw::square_sum(cuda, &grads.collect::<Vec<_>>())?),
+            _ => {
+                let mut sum = 0.0;
+                for grad in grads {
+                    sum += with_values(grad, |g| Ok(g.iter().map(|&g| f64::from(g) * f64::from(g)).sum::<f64>()))?;
+                }
+                Ok(sum)
             }
         }
-        if !elsewhere.is_empty() {
-            // One wait for all of them.
-            sum += f64::from(Tensor::stack(&elsewhere, 0)?.sum_all()?.to_scalar::<f32>()?);
-        }
-        Ok(sum)
     }
 
     /// Changes all variables that have a gradient, which is multiplied by `scale` first.
@@ -192,8 +196,7 @@ impl AdamW {
         for slot in &mut self.slots {
             let Some(grad) = grads.get(&slot.var) else { continue };
             let keep = if slot.decays { 1.0 - lr * weight_decay } else { 1.0 };
-            let changed = slot.moments.step(&slot.var, grad, Factors { rate, eps, betas, scale, keep })?;
-            slot.var.set(&changed)?;
+            slot.moments.step(&slot.var, grad, Factors { rate, eps, betas, scale, keep })?;
         }
         Ok(())
     }
@@ -219,7 +222,7 @@ impl AdamW {
             restored.push([first, second]);
         }
         for (slot, values) in self.slots.iter_mut().zip(restored) {
-            slot.moments.set(&slot.var, values)?;
+            slot.moments.set(values, &self.compute)?;
         }
         self.steps = steps;
         Ok(())
@@ -235,8 +238,9 @@ mod tests {
     #[test]
     fn a_step_worked_out_by_hand() {
         let var = Var::new(&[[1f32, -2.0]], &Device::Cpu).expect("a var");
+        let compute = Compute::for_device(&Device::Cpu).expect("a backend");
         let config = AdamWConfig { betas: (0.9, 0.99), eps: 0.0, weight_decay: 0.5 };
-        let mut adam = AdamW::new(config, vec![("w".to_owned(), var.clone())]).expect("an optimizer");
+        let mut adam = AdamW::new(config, vec![("w".to_owned(), var.clone())], &compute).expect("an optimizer");
         let loss = (var.as_tensor() * 3.0).expect("a product").sum_all().expect("a sum");
         let grads = loss.backward().expect("gradients");
         assert!((adam.square_sum(&grads).expect("a norm") - 18.0).abs() < 1e-6);

@@ -11,7 +11,7 @@ use crate::error::CudaError;
 use crate::kernels::{File, Variant};
 use crate::launch::{Args, Matrix, Operands, Product, Shape};
 
-const THREADS: u32 = 256;
+pub(super) const THREADS: u32 = 256;
 /// Threads of the kernels that sum over rows: 32 stripes of 32 columns.
 const SUM_THREADS: u32 = 1024;
 /// Products of so many tokens or fewer are made without cuBLAS: weights are read once for four tokens.
@@ -60,12 +60,12 @@ impl Cuda {
     }
 
     /// The shape of a kernel that walks through `len` elements.
-    fn each(&self, len: usize) -> Shape {
+    pub(super) fn each(&self, len: usize) -> Shape {
         Shape::new(self.blocks_for(len, THREADS as usize), THREADS)
     }
 
     /// Launches a kernel of this file.
-    fn start(&self, name: &'static str, shape: Shape, mut args: Args) -> Result<(), CudaError> {
+    pub(super) fn start(&self, name: &'static str, shape: Shape, mut args: Args) -> Result<(), CudaError> {
         self.stream.launch(&self.kernels.get(VARIANT, name)?, shape, &mut args)
     }
 

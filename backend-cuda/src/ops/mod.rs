@@ -1,5 +1,6 @@
 //! The operations: arguments checked, kernels launched.
 
+pub(crate) mod adamw;
 pub(crate) mod bag;
 pub(crate) mod cache;
 pub(crate) mod dense;

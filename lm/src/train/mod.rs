@@ -170,7 +170,7 @@ impl Trainer {
         let mean_len = encoded.iter().map(|e| e.tokens.len() as f64 - 1.0).sum::<f64>() / encoded.len().max(1) as f64;
         let init = PoolInit { rule: config.value_rule.into() };
         let mut model = Model::new(model, init, &place, config.seed)?;
-        let optimizer = AdamW::new(config.adamw, model.variables().all())?;
+        let optimizer = AdamW::new(config.adamw, model.variables().all(), place.compute())?;
         let batches = Batches::new(encoded, config.batch, config.seed);
         if batches.per_epoch() == 0 {
             return Err(LmError::Training("there is nothing to learn".to_owned()));

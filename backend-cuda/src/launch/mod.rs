@@ -13,16 +13,23 @@
 //!   [`Pinned`] alone, and only `cache.cu` gets its address: it reads and writes rows whose ids it has checked against the
 //!   rows there are, at places below the capacity. An error elsewhere could only damage device memory or end the context.
 
-use core::ffi::{CStr, c_char, c_int, c_void};
-use core::ptr::NonNull;
-use std::ffi::CString;
-use std::sync::{Arc, Mutex, PoisonError};
+mod blas;
+mod kernel;
+mod pinned;
 
-use cudarc::cublas::{result as blas, sys as blas_sys};
+use core::ffi::{CStr, c_int, c_void};
+use std::sync::Arc;
+
+#[cfg(not(feature = "linked"))]
+use cudarc::cublas::sys as blas_sys;
 use cudarc::driver::{CudaContext, CudaGraph, CudaStream, DriverError, result, sys};
-use cudarc::nvrtc::{result as nvrtc, sys as nvrtc_sys};
+#[cfg(not(feature = "linked"))]
+use cudarc::nvrtc::sys as nvrtc_sys;
 use memlayer_core::Item;
 
+pub(crate) use self::blas::{Blas, Matrix, Operands, Product};
+pub(crate) use self::kernel::{Kernel, Module, compile, compiler_version};
+pub(crate) use self::pinned::Pinned;
 use crate::error::CudaError;
 use crate::memory::{View, ViewMut};
 use crate::recording::{alone, apart};
@@ -331,67 +338,6 @@ impl Drop for Allocation {
     }
 }
 
-/// Memory of the host that the device reaches, and the system does not move.
-pub(crate) struct Pinned<T> {
-    memory: NonNull<T>,
-    /// Its address on the device.
-    pointer: u64,
-    len: usize,
-    stream: Stream,
-}
-
-// SAFETY: it owns its memory, as a box does, and hands it out by `&mut self` alone.
-unsafe impl<T: Item> Send for Pinned<T> {}
-// SAFETY: as above.
-unsafe impl<T: Item> Sync for Pinned<T> {}
-
-impl<T: Item> Pinned<T> {
-    /// `len` items, zero.
-    pub(crate) fn zeroed(stream: &Stream, len: usize) -> Result<Self, CudaError> {
-        const CALL: &str = "cuMemHostAlloc";
-        let no_memory = || CudaError::Driver { call: CALL, error: "no memory".to_owned() };
-        let bytes = len.checked_mul(size_of::<T>()).ok_or_else(no_memory)?;
-        let mut this = Self { memory: NonNull::dangling(), pointer: EMPTY, len: 0, stream: stream.clone() };
-        if bytes == 0 {
-            return Ok(this);
-        }
-        stream.bind()?;
-        // SAFETY: a context is bound. What is returned is that many bytes of no one else's, aligned to a page.
-        let memory =
-            apart(|| unsafe { result::malloc_host(bytes, sys::CU_MEMHOSTALLOC_DEVICEMAP) }).map_err(driver(CALL))?;
-        (this.memory, this.len) = (NonNull::new(memory.cast()).ok_or_else(no_memory)?, len);
-        // SAFETY: the memory is that long. All bits zero make a `T` (it is `Pod`).
-        unsafe { core::ptr::write_bytes(this.memory.as_ptr(), 0, len) };
-        // SAFETY: both pointers are to memory of the right kind, the first to a local.
-        unsafe { sys::cuMemHostGetDevicePointer_v2(&raw mut this.pointer, this.memory.as_ptr().cast(), 0) }
-            .result()
-            .map_err(driver("cuMemHostGetDevicePointer"))?;
-        Ok(this)
-    }
-
-    /// The address on the device.
-    pub(crate) const fn pointer(&self) -> u64 {
-        self.pointer
-    }
-
-    /// The memory. Callers have waited for all work that may touch it.
-    pub(crate) const fn lend(&mut self) -> &mut [T] {
-        // SAFETY: `len` items from `memory` on are this value's own and were written when it was made; any bits make a `T`.
-        // No work of the stream is under way that touches them: `CachedTable::host` alone calls this, behind
-        // `synchronize`, and starts none while they are lent.
-        unsafe { core::slice::from_raw_parts_mut(self.memory.as_ptr(), self.len) }
-    }
-}
-
-impl<T> Drop for Pinned<T> {
-    fn drop(&mut self) {
-        if self.len > 0 && self.stream.synchronize().is_ok() && self.stream.bind().is_ok() {
-            // SAFETY: the memory came from `malloc_host`, is freed once, and the work that reached it is over.
-            let _ = apart(|| unsafe { result::free_host(self.memory.as_ptr().cast()) });
-        }
-    }
-}
-
 impl<T: Item> View<'_, T> {
     /// Memory of the device that another library owns.
     ///
@@ -492,253 +438,6 @@ impl Args {
     }
 }
 
-/// A compiled file on the device.
-pub(crate) struct Module {
-    handle: sys::CUmodule,
-    stream: Stream,
-}
-
-// SAFETY: a module's handle may be used by any thread that has the context bound, which every call here does first.
-unsafe impl Send for Module {}
-// SAFETY: as above; the driver locks what calls share.
-unsafe impl Sync for Module {}
-
-impl Module {
-    pub(crate) fn load(stream: &Stream, image: &[u8]) -> Result<Self, CudaError> {
-        stream.bind()?;
-        // SAFETY: the image is what the compiler gave, or a file whose checksum says that it is; the driver checks
-        // its headers and copies it.
-        let handle = apart(|| unsafe { result::module::load_data(image.as_ptr().cast()) });
-        let handle = handle.map_err(driver("cuModuleLoadData"))?;
-        Ok(Self { handle, stream: stream.clone() })
-    }
-}
-
-impl Drop for Module {
-    fn drop(&mut self) {
-        // Work that still runs a kernel of this module must be over.
-        if self.stream.synchronize().is_ok() {
-            // SAFETY: the module is alive, nothing runs in it, and kernels of it hold it alive.
-            let _ = apart(|| unsafe { result::module::unload(self.handle) });
-        }
-    }
-}
-
-struct Function {
-    handle: sys::CUfunction,
-    name: &'static str,
-    /// The sizes of its parameters in bytes.
-    sizes: Vec<usize>,
-    _module: Arc<Module>,
-}
-
-// SAFETY: as for `Module`.
-unsafe impl Send for Function {}
-// SAFETY: as for `Module`.
-unsafe impl Sync for Function {}
-
-/// A kernel that can be launched.
-#[derive(Clone)]
-pub(crate) struct Kernel(Arc<Function>);
-
-impl Kernel {
-    pub(crate) fn find(module: &Arc<Module>, name: &'static str) -> Result<Self, CudaError> {
-        module.stream.bind()?;
-        let c_name = CString::new(name).unwrap_or_default();
-        // SAFETY: the module is alive.
-        let handle = apart(|| unsafe { result::module::get_function(module.handle, c_name) }).map_err(driver(name))?;
-        let mut sizes = Vec::new();
-        let (mut offset, mut size) = (0, 0);
-        // SAFETY: the function is alive and both pointers are to locals; behind the last parameter this is an error.
-        while unsafe { sys::cuFuncGetParamInfo(handle, sizes.len(), &raw mut offset, &raw mut size) }.result().is_ok() {
-            sizes.push(size);
-        }
-        Ok(Self(Arc::new(Function { handle, name, sizes, _module: module.clone() })))
-    }
-}
-
-/// The version of the run-time compiler.
-pub(crate) fn compiler_version() -> Result<(i32, i32), CudaError> {
-    let (mut major, mut minor) = (0, 0);
-    // SAFETY: both pointers are to locals.
-    unsafe { nvrtc_sys::nvrtcVersion(&raw mut major, &raw mut minor) }
-        .result()
-        .map_err(|e| CudaError::Compile { file: "", log: format!("nvrtcVersion: {e}") })?;
-    Ok((major, minor))
-}
-
-/// Compiles a file for an architecture.
-pub(crate) fn compile(file: &'static str, source: &str, options: &[String]) -> Result<Vec<u8>, CudaError> {
-    let fail = |log: String| CudaError::Compile { file, log };
-    let source = CString::new(source).map_err(|_| fail("the source has a zero byte".to_owned()))?;
-    let name = CString::new(file).unwrap_or_default();
-    let program = nvrtc::create_program(&source, Some(&name)).map_err(|e| fail(format!("nvrtcCreateProgram: {e}")))?;
-    // SAFETY: the program is alive until it is destroyed below, once.
-    let compiled = unsafe { nvrtc::compile_program(program, options) };
-    let image = match compiled {
-        Ok(()) => cubin(program).map_err(|e| fail(format!("nvrtcGetCUBIN: {e}"))),
-        Err(error) => {
-            // SAFETY: as above.
-            let log = unsafe { nvrtc::get_program_log(program) }.unwrap_or_default();
-            let log: Vec<u8> = log.iter().map(|c| c.to_ne_bytes()[0]).take_while(|&c| c != 0).collect();
-            Err(fail(format!("{error}: {}", String::from_utf8_lossy(&log))))
-        }
-    };
-    // SAFETY: as above; `source` and `name` are still alive.
-    let _ = unsafe { nvrtc::destroy_program(program) };
-    image
-}
-
-fn cubin(program: nvrtc_sys::nvrtcProgram) -> Result<Vec<u8>, nvrtc::NvrtcError> {
-    let mut len = 0;
-    // SAFETY: the program is alive and compiled; the pointer is to a local.
-    unsafe { nvrtc_sys::nvrtcGetCUBINSize(program, &raw mut len) }.result()?;
-    let mut image = vec![0u8; len];
-    // SAFETY: the buffer is as long as the library said.
-    unsafe { nvrtc_sys::nvrtcGetCUBIN(program, image.as_mut_ptr().cast::<c_char>()) }.result()?;
-    Ok(image)
-}
-
-/// A matrix of a product, row-major: `rows` rows of `columns`, a row beginning every `stride` elements.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Matrix {
-    pub(crate) pointer: u64,
-    /// Elements from one row to the next.
-    pub(crate) stride: usize,
-    /// Elements from one matrix of a batch to the next.
-    pub(crate) batch: usize,
-    /// Whether the matrix is used transposed.
-    pub(crate) transposed: bool,
-}
-
-/// What a product's operands are stored as. The sum is made in f32 either way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Operands {
-    F32,
-    Bf16,
-}
-
-/// `out [m, n] = a [m, k] · b [k, n]`, for each of a batch.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Product {
-    pub(crate) operands: Operands,
-    pub(crate) sizes: [usize; 3],
-    pub(crate) batch: usize,
-    pub(crate) a: Matrix,
-    pub(crate) b: Matrix,
-    pub(crate) out: Matrix,
-    pub(crate) accumulate: bool,
-}
-
-/// cuBLAS on a stream, with a workspace of its own.
-pub(crate) struct Blas {
-    handle: Mutex<Handle>,
-    stream: Stream,
-    _workspace: Allocation,
-}
-
-struct Handle(blas_sys::cublasHandle_t);
-
-// SAFETY: a cuBLAS handle may be used by one thread at a time, whichever; the mutex around it sees to that.
-unsafe impl Send for Handle {}
-
-/// What NVIDIA recommends for Hopper.
-const BLAS_WORKSPACE: usize = 32 << 20;
-
-fn blas_error(call: &'static str) -> impl Fn(blas::CublasError) -> CudaError {
-    move |error| CudaError::Blas { call, error: format!("{error:?}") }
-}
-
-impl Blas {
-    pub(crate) fn new(stream: &Stream) -> Result<Self, CudaError> {
-        stream.bind()?;
-        let workspace = stream.allocate(BLAS_WORKSPACE)?;
-        let handle = apart(blas::create_handle).map_err(blas_error("cublasCreate"))?;
-        let this = Self { handle: Mutex::new(Handle(handle)), stream: stream.clone(), _workspace: workspace };
-        // SAFETY: handle and stream are alive and of one context; the workspace is kept as long as the handle.
-        // Setting the stream resets the workspace, so it comes second.
-        unsafe {
-            blas::set_stream(handle, stream.stream.cu_stream().cast()).map_err(blas_error("cublasSetStream"))?;
-            blas_sys::cublasSetWorkspace_v2(handle, this._workspace.pointer as *mut c_void, BLAS_WORKSPACE)
-                .result()
-                .map_err(blas_error("cublasSetWorkspace"))?;
-            // Without leave for TF32: f32 products are made in f32.
-            blas_sys::cublasSetMathMode(handle, blas_sys::cublasMath_t::CUBLAS_DEFAULT_MATH)
-                .result()
-                .map_err(blas_error("cublasSetMathMode"))?;
-            blas_sys::cublasSetAtomicsMode(handle, blas_sys::cublasAtomicsMode_t::CUBLAS_ATOMICS_NOT_ALLOWED)
-                .result()
-                .map_err(blas_error("cublasSetAtomicsMode"))?;
-        }
-        Ok(this)
-    }
-
-    pub(crate) fn product(&self, product: &Product) -> Result<(), CudaError> {
-        use blas_sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
-        const CALL: &str = "cublasGemmStridedBatchedEx";
-        let [m, n, k] = product.sizes;
-        if m == 0 || n == 0 || product.batch == 0 {
-            return Ok(());
-        }
-        let too_large = |_| CudaError::Blas { call: CALL, error: "a matrix has 2^31 rows or columns".to_owned() };
-        let int = |x: usize| c_int::try_from(x).map_err(too_large);
-        let (m, n, k, batch) = (int(m)?, int(n)?, int(k)?, int(product.batch)?);
-        let (a_stride, b_stride, out_stride) =
-            (int(product.a.stride)?, int(product.b.stride)?, int(product.out.stride)?);
-        let step = |x: usize| i64::try_from(x).unwrap_or(i64::MAX);
-        let op = |matrix: &Matrix| if matrix.transposed { CUBLAS_OP_T } else { CUBLAS_OP_N };
-        let (alpha, beta) = (1.0f32, if product.accumulate { 1.0f32 } else { 0.0 });
-        let of = match product.operands {
-            Operands::F32 => blas_sys::cudaDataType_t::CUDA_R_32F,
-            Operands::Bf16 => blas_sys::cudaDataType_t::CUDA_R_16BF,
-        };
-        self.stream.bind()?;
-        let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
-        // cuBLAS counts by columns, where a row-major matrix is its transpose: outᵀ = bᵀ · aᵀ.
-        // The first product of a kind loads code.
-        // SAFETY: the handle is alive; alpha and beta are locals that the call reads; the matrices lie in views whose
-        // lengths the operation checked against these sizes.
-        apart(|| unsafe {
-            blas::gemm_strided_batched_ex(
-                handle.0,
-                op(&product.b),
-                op(&product.a),
-                n,
-                m,
-                k,
-                (&raw const alpha).cast(),
-                product.b.pointer as *const c_void,
-                of,
-                b_stride,
-                step(product.b.batch),
-                product.a.pointer as *const c_void,
-                of,
-                a_stride,
-                step(product.a.batch),
-                (&raw const beta).cast(),
-                product.out.pointer as *mut c_void,
-                blas_sys::cudaDataType_t::CUDA_R_32F,
-                out_stride,
-                step(product.out.batch),
-                batch,
-                blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-                blas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
-            )
-        })
-        .map_err(blas_error(CALL))
-    }
-}
-
-impl Drop for Blas {
-    fn drop(&mut self) {
-        if self.stream.synchronize().is_ok() {
-            let handle = self.handle.get_mut().unwrap_or_else(PoisonError::into_inner);
-            // SAFETY: the handle is alive, is destroyed once, and its work is over.
-            let _ = apart(|| unsafe { blas::destroy_handle(handle.0) });
-        }
-    }
-}
-
 /// A point in the stream's work, to measure time from.
 pub(crate) struct Event {
     handle: sys::CUevent,
@@ -773,5 +472,43 @@ impl Drop for Event {
             // SAFETY: the event is alive and destroyed once; the driver waits with that until it is over.
             let _ = unsafe { result::event::destroy(self.handle) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use memlayer_core::Device as _;
+
+    use super::*;
+    use crate::Cuda;
+    use crate::kernels::{File, Variant};
+
+    /// What asks for more shared memory than the device has is not run, and does not disturb what comes behind it.
+    #[test]
+    fn more_shared_memory_than_there_is() {
+        let cuda = match Cuda::new(0) {
+            Ok(cuda) => cuda,
+            Err(error) => {
+                let required = std::env::var("MEMLAYER_REQUIRE_CUDA").is_ok_and(|v| v == "1");
+                assert!(!required, "a CUDA device is required here: {error}");
+                return;
+            }
+        };
+        let kernel = cuda.kernels.get(Variant::of(File::Dense), "total").expect("a kernel");
+        let (sums, mut out) = (cuda.upload(&[1f32, 2.0]).expect("a buffer"), cuda.zeros::<f32>(1).expect("a buffer"));
+        let mut run = |bytes| {
+            let mut args = Args::new().read(sums.view()).value(2u64).write(&out.view_mut());
+            let launched = cuda.stream.launch(&kernel, Shape::new(1, 256).shared(bytes), &mut args);
+            let mut found = [0f32];
+            cuda.read(out.view(), &mut found).expect("a number");
+            (launched, found[0])
+        };
+        let shared = cuda.properties.shared;
+        let (refused, found) = run(shared + 1);
+        assert!(matches!(refused, Err(CudaError::Driver { call: "cuFuncSetAttribute", .. })), "{refused:?}");
+        assert_eq!(found, 0.0, "it ran");
+        // What the kernel declares itself counts too.
+        assert_eq!(run(shared - 1024), (Ok(()), 3.0));
+        assert_eq!(cuda.synchronize(), Ok(()));
     }
 }
