@@ -1,5 +1,6 @@
 //! Medians of interleaved pairs.
 
+use core::time::Duration;
 use std::time::Instant;
 
 use crate::error::BenchError;
@@ -13,6 +14,10 @@ const FEWEST: usize = 3;
 
 /// One side of a pair: makes so many calls and gives microseconds a call.
 pub(crate) type Side<'a> = dyn FnMut(usize) -> Result<f64, BenchError> + 'a;
+
+/// How long nothing disturbs before it is taken for over, and how long that is waited for.
+const CALM: Duration = Duration::from_millis(500);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a pair of sides took.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +41,21 @@ pub(crate) fn clock(calls: usize, mut f: impl FnMut() -> Result<(), BenchError>)
     Ok(start.elapsed().as_secs_f64() * 1e6 / calls as f64)
 }
 
+/// Calls until the system is done with what a peer's gigabytes cost it: it moves pages about, of tables that are only read too,
+/// and calls that meet one wait for it. That is when [`CALM`] has gone by without a call of ten times the best.
+pub(crate) fn settle(side: &mut Side<'_>) -> Result<(), BenchError> {
+    let (start, mut calm) = (Instant::now(), Instant::now());
+    let mut best = f64::INFINITY;
+    while calm.elapsed() < CALM && start.elapsed() < PATIENCE {
+        let once = side(1)?;
+        best = best.min(once);
+        if once > 10.0 * best {
+            calm = Instant::now();
+        }
+    }
+    Ok(())
+}
+
 /// Measures both sides in turn, for about so many seconds.
 pub(crate) fn pair(seconds: f64, ours: &mut Side<'_>, other: &mut Side<'_>) -> Result<Pair, BenchError> {
     let calls = [calls(ours)?, calls(other)?];
@@ -43,7 +63,7 @@ pub(crate) fn pair(seconds: f64, ours: &mut Side<'_>, other: &mut Side<'_>) -> R
     let (mut a, mut b, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
     while ratios.len() < FEWEST || (ratios.len() < PAIRS && start.elapsed().as_secs_f64() < seconds) {
         // A library's workers may still spin for work that no longer comes.
-        std::thread::sleep(core::time::Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(20));
         // Each side is measured right after a call of its own: whichever came first after the pause would pay for a
         // processor that has to wake up, and the second for what the first left in the caches.
         ours(1)?;

@@ -55,18 +55,20 @@ impl Cuda {
     pub fn sum_squares(
         &self,
         of: &[View<'_, f32>],
-        parts: ViewMut<'_, f32>,
+        mut parts: ViewMut<'_, f32>,
         out: ViewMut<'_, f32>,
     ) -> Result<(), CudaError> {
         const OP: &str = "sum_squares";
         check_len(OP, "parts", of.len() * SQUARE_PARTS, parts.len())?;
         check_len(OP, "out", 1, out.len())?;
-        for (x, at) in of.iter().zip((0..).step_by(SQUARE_PARTS)) {
-            let sums = parts.read().slice(at..at + SQUARE_PARTS);
-            let launch = Args::new().read(*x).value(x.len() as u64).read(sums);
+        let mut rest = parts.reborrow();
+        for x in of {
+            let (sums, behind) = rest.split_at(SQUARE_PARTS);
+            let launch = Args::new().read(*x).value(x.len() as u64).write(&sums);
             self.start("squares", Shape::new(SQUARE_PARTS, super::dense::THREADS), launch)?;
+            rest = behind;
         }
-        let launch = Args::new().write(&parts).value(parts.len() as u64).write(&out);
+        let launch = Args::new().read(parts.read()).value(parts.len() as u64).write(&out);
         self.start("total", Shape::new(1, super::dense::THREADS), launch)
     }
 }

@@ -289,6 +289,7 @@ fn measure(
             let json = serde_json::to_value(case).map_err(|e| BenchError::Plot(e.to_string()))?;
             row.missing = peer.prepare(&json)?;
             if row.missing.is_none() {
+                time::settle(&mut ours)?;
                 keep(&mut row, time::pair(seconds, &mut ours, &mut |calls| peer.run(calls))?);
             }
         }
