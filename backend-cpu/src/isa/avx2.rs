@@ -218,15 +218,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn add_scaled<E: Element, const NV: usize>(self, acc: &mut [__m256; NV], factor: f32, codes: &[E], col: usize) {
         match E::FORMAT {
-            Format::E4m3 => rows::add_e4m3(
-                self,
-                acc,
-                factor,
-                codes,
-                col,
-                #[inline(always)]
-                |bytes| self.e4m3_part(bytes),
-            ),
+            Format::E4m3 => rows::add_e4m3(self, acc, factor, codes, col, Self::e4m3_part),
             _ => rows::add_widened(self, acc, factor, codes, col),
         }
     }

@@ -273,15 +273,7 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn add_scaled<E: Element, const NV: usize>(self, acc: &mut [__m512; NV], factor: f32, codes: &[E], col: usize) {
         match E::FORMAT {
-            Format::E4m3 => rows::add_e4m3(
-                self,
-                acc,
-                factor,
-                codes,
-                col,
-                #[inline(always)]
-                |bytes| self.e4m3_part(bytes),
-            ),
+            Format::E4m3 => rows::add_e4m3(self, acc, factor, codes, col, Self::e4m3_part),
             Format::Int4 if NV.is_multiple_of(2) => self.add_int4::<E, 32, NV>(acc, factor, codes, col),
             Format::Int4x64 if NV.is_multiple_of(4) => self.add_int4::<E, 64, NV>(acc, factor, codes, col),
             _ => rows::add_widened(self, acc, factor, codes, col),

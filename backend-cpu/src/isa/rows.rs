@@ -173,7 +173,7 @@ pub(super) fn add_e4m3<S: Simd, E: Element, const NV: usize>(
     factor: f32,
     codes: &[E],
     col: usize,
-    part: impl Fn(&[u8]) -> S::V,
+    part: impl Fn(S, &[u8]) -> S::V,
 ) {
     let bytes = &bytemuck::cast_slice::<E, u8>(codes)[col..col + NV * S::LANES];
     let nan = bytes.iter().fold(false, |nan, byte| nan | (byte & 0x7f == 0x7f));
@@ -184,7 +184,7 @@ pub(super) fn add_e4m3<S: Simd, E: Element, const NV: usize>(
     }
     let factor = s.splat(256.0 * factor);
     for (acc, bytes) in acc.iter_mut().zip(bytes.chunks_exact(S::LANES)) {
-        *acc = s.add(*acc, s.mul(factor, part(bytes)));
+        *acc = s.add(*acc, s.mul(factor, part(s, bytes)));
     }
 }
 

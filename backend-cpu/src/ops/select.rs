@@ -315,13 +315,14 @@ impl Cpu {
     ) {
         let (n, c) = (layout.dims.sub_keys, layout.dims.half_dim);
         let (per_half, words) = (layout.padded / int8::WIDTH, int8::words(c) * int8::WIDTH);
-        let (count, cost) = (scales.len() / int8::WIDTH, int8::WIDTH * c / 2);
-        let piece = piece(count, cost);
+        let (panels, cost) = (scales.len() / int8::WIDTH, int8::WIDTH * c / 2);
+        let piece = piece(panels, cost);
         let pieces = codes.chunks_mut(piece * words).zip(scales.chunks_mut(piece * int8::WIDTH));
         let pieces = pieces.zip(bounds.chunks_mut(piece * Bounds::LEN)).enumerate();
-        self.pool.for_each(count * cost, pieces, |(i, ((codes, scales), bounds))| {
-            let panels = codes.chunks_mut(words).zip(scales.chunks_mut(int8::WIDTH));
-            for (i, ((codes, scales), bounds)) in (i * piece..).zip(panels.zip(bounds.chunks_mut(Bounds::LEN))) {
+        self.pool.for_each(panels * cost, pieces, |(p, ((codes, scales), bounds))| {
+            let panels =
+                codes.chunks_mut(words).zip(scales.chunks_mut(int8::WIDTH)).zip(bounds.chunks_mut(Bounds::LEN));
+            for (i, ((codes, scales), bounds)) in (p * piece..).zip(panels) {
                 let (half, first) = (i / per_half, i % per_half * int8::WIDTH);
                 let count = int8::WIDTH.min(n.saturating_sub(first));
                 let mut panel = coarse::Panel { codes, scales, bounds };
