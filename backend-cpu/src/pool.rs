@@ -25,9 +25,9 @@ const SPINS_IN_A_ROW: usize = 32;
 
 /// Looks [`SPINS`] times whether it is `over`, or until it is.
 ///
-/// Whoever is waited for may be on the same processor, and a second one idle: a virtual machine's system takes a processor
-/// that sleeps for one that its host has taken away, and wakes a worker where its caller runs. Without giving the processor away
-/// calls of 10 microseconds took 119 after a pause, a dozen times, until the worker was moved.
+/// Whoever is waited for may be on the same processor, though another is idle: so it looked on a virtual machine, where calls of 10
+/// microseconds took 119 after a pause, seven to nine in a row. (Its system may take a processor that sleeps for one that the
+/// host has taken away.) With the processor given away they took 8 to 18.
 fn look(over: impl Fn() -> bool) {
     for n in 1..=SPINS {
         if over() {

@@ -41,8 +41,8 @@ pub(crate) fn clock(calls: usize, mut f: impl FnMut() -> Result<(), BenchError>)
     Ok(start.elapsed().as_secs_f64() * 1e6 / calls as f64)
 }
 
-/// Calls until the system is done with what a peer's gigabytes cost it: it moves pages about, of tables that are only read too,
-/// and calls that meet one wait for it. That is when [`CALM`] has gone by without a call of ten times the best.
+/// Calls until the system is done with what a peer's gigabytes cost it: for a second or
+/// so calls then take up to a hundred times as long, perhaps because it moves pages. That is when [`CALM`] has gone by without a call of ten times the best.
 pub(crate) fn settle(side: &mut Side<'_>) -> Result<(), BenchError> {
     let (start, mut calm) = (Instant::now(), Instant::now());
     let mut best = f64::INFINITY;
