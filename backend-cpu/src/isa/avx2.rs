@@ -9,15 +9,19 @@ use memlayer_core::element::Format;
 use super::rows::{self, Nibbles};
 use super::{Level, Simd};
 
-/// The CPU has AVX2, FMA and F16C, and the system saves their registers.
+/// The CPU has AVX2, FMA, F16C, BMI1, BMI2 and POPCNT, and the system saves their registers.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Avx2(());
 
 impl Avx2 {
     /// The token, if the CPU has the features.
     pub(crate) fn new() -> Option<Self> {
-        let found =
-            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        let found = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+            && is_x86_feature_detected!("bmi1")
+            && is_x86_feature_detected!("bmi2")
+            && is_x86_feature_detected!("popcnt");
         found.then_some(Self(()))
     }
 }
@@ -83,7 +87,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn vectorize<R>(self, f: impl FnOnce() -> R) -> R {
-        #[target_feature(enable = "avx2,fma,f16c")]
+        #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,popcnt")]
         fn inner<R>(f: impl FnOnce() -> R) -> R {
             f()
         }

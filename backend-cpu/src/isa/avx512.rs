@@ -9,7 +9,7 @@ use memlayer_core::element::Format;
 use super::rows::{self, Nibbles};
 use super::{Level, Simd};
 
-/// The CPU has AVX-512 F, BW, DQ and VL, AVX2 and FMA, and the system saves their registers.
+/// The CPU has AVX-512 F, BW, DQ and VL, AVX2, FMA, BMI1, BMI2 and POPCNT, and the system saves their registers.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Avx512(());
 
@@ -21,7 +21,10 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma");
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("bmi1")
+            && is_x86_feature_detected!("bmi2")
+            && is_x86_feature_detected!("popcnt");
         found.then_some(Self(()))
     }
 }
@@ -112,7 +115,7 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn vectorize<R>(self, f: impl FnOnce() -> R) -> R {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi1,bmi2,popcnt")]
         fn inner<R>(f: impl FnOnce() -> R) -> R {
             f()
         }

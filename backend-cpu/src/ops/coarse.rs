@@ -254,15 +254,36 @@ const LANES: usize = 16;
 /// 1.5 · 2^23.
 const INTEGERS: f32 = 12_582_912.0;
 
+/// The coarse scores of a query.
+#[derive(Clone, Copy)]
+pub(super) struct Coarse {
+    /// What they are in units of.
+    pub(super) scale: f32,
+    /// How far they are off at most, times their scale: `m` of the head of this file. It is no number, or infinite, where
+    /// nothing is known.
+    pub(super) error: f32,
+}
+
+impl Coarse {
+    /// Those that are the exact ones.
+    pub(super) const EXACT: Self = Self { scale: 1.0, error: 0.0 };
+    /// Of no query.
+    pub(super) const NONE: Self = Self { scale: 0.0, error: f32::INFINITY };
+
+    /// How far the score of a sub-key among the best can be below the K-th best one, in units of the scale.
+    pub(super) fn margin(&self) -> f32 {
+        2.0 * self.error / self.scale
+    }
+}
+
 impl Quantized {
-    /// How far the coarse score of a sub-key among the best can be below the K-th best coarse one, in units of this
-    /// query's scale: `2m` of the head of this file. It is no number, or infinite, where nothing is known.
-    pub(super) fn margin(&self, dim: usize, keys: Bounds) -> f32 {
+    /// What its scores with sub-keys are.
+    pub(super) fn coarse(&self, dim: usize, keys: Bounds) -> Coarse {
         let rest = (self.rest_sum * keys.max).min(self.rest_norm * keys.norm);
         let rest = rest + (self.norm + self.rest_norm) * keys.rest;
         let rounding = 2.0 * (dim as f32 + 16.0) * f32::EPSILON * self.sum * keys.max;
-        let margin = 2.0 * ROUNDING * (rest + rounding) / self.scale;
-        if self.max < f32::INFINITY { margin } else { f32::INFINITY }
+        let error = ROUNDING * (rest + rounding);
+        Coarse { scale: self.scale, error: if self.max < f32::INFINITY { error } else { f32::INFINITY } }
     }
 }
 
@@ -351,7 +372,7 @@ pub(super) struct Keys<'a> {
 
 impl Keys<'_> {
     /// The coarse scores `[queries, panels · WIDTH]` of the sub-keys of half `half`, in units of each query's scale, for
-    /// at most [`ROWS`] queries, and the margins of these. `codes` is workspace for [`ROWS`] queries.
+    /// at most [`ROWS`] queries, and what these are. `codes` is workspace for [`ROWS`] queries.
     pub(super) fn score(
         &self,
         token: Token,
@@ -359,15 +380,15 @@ impl Keys<'_> {
         queries: &[&[f32]],
         codes: &mut [u32],
         out: &mut [f32],
-    ) -> [f32; ROWS] {
-        let mut margins = [f32::INFINITY; ROWS];
+    ) -> [Coarse; ROWS] {
+        let mut scores = [Coarse::NONE; ROWS];
         let (len, bounds) = (left_len(self.dim), self.panels * Bounds::LEN);
         let keys = Bounds::load(&self.bounds[half * bounds..(half + 1) * bounds]);
         let mut buffer = Buffer::new();
-        for ((query, to), margin) in queries.iter().zip(codes.chunks_exact_mut(len)).zip(&mut margins) {
+        for ((query, to), scores) in queries.iter().zip(codes.chunks_exact_mut(len)).zip(&mut scores) {
             let (quantized, codes) = buffer.quantize(token, query);
             pack_left(codes, to);
-            *margin = quantized.margin(self.dim, keys);
+            *scores = quantized.coarse(self.dim, keys);
         }
         let (words, padded) = (words(self.dim) * WIDTH, self.panels * WIDTH);
         let panels = self.codes[half * self.panels * words..].chunks_exact(words).take(self.panels);
@@ -375,7 +396,7 @@ impl Keys<'_> {
         for (j, (panel, scales)) in panels.zip(scales).enumerate() {
             self.int8.multiply(&codes[..queries.len() * len], panel, scales, &mut out[j * WIDTH..], padded);
         }
-        margins
+        scores
     }
 }
 
@@ -415,8 +436,7 @@ mod tests {
         Isa::available().next().and_then(Token::new).expect("one is always there")
     }
 
-    /// The greatest error of a coarse score, in units of what it may be, and the margin in units of the spread of the
-    /// scores.
+    /// The greatest error of a coarse score, in units of what it may be, and this in units of the spread of the scores.
     fn measure(dim: usize, mut draw: impl FnMut(&mut Random) -> f64, random: &mut Random) -> (f64, f64) {
         #[allow(clippy::cast_possible_truncation, reason = "rounded")]
         let mut vector = || -> Vec<f32> { (0..dim).map(|_| draw(random) as f32).collect() };
@@ -431,16 +451,16 @@ mod tests {
         };
         let packed: Vec<_> = keys.iter().map(&mut pack).collect();
         let bounds = packed.iter().fold(Bounds::NONE, |bounds, (_, k, _)| bounds.and(*k));
-        let half = f64::from(q.margin(dim, bounds)) / 2.0 * f64::from(q.scale);
+        let error = f64::from(q.coarse(dim, bounds).error);
         let (mut worst, mut square) = (0.0_f64, 0.0);
         for (key, (scale, _, key_codes)) in keys.iter().zip(&packed) {
             let exact: f64 = query.iter().zip(key).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
             let sum: i32 = codes.iter().zip(key_codes).map(|(&a, &b)| i32::from(a) * i32::from(b)).sum();
             let coarse = f64::from(q.scale) * f64::from(scale * sum as f32);
-            worst = worst.max((coarse - exact).abs() / half);
+            worst = worst.max((coarse - exact).abs() / error);
             square += exact * exact;
         }
-        (worst, half / (square / 200.0).sqrt())
+        (worst, error / (square / 200.0).sqrt())
     }
 
     #[test]
@@ -449,10 +469,10 @@ mod tests {
         let even = |r: &mut Random| 2.0 * r.uniform() - 1.0;
         for dim in [1, 7, 16, 64, 100, 256, MAX_DIM] {
             for _ in 0..20 {
-                let (error, margin) = measure(dim, even, random);
+                let (error, bound) = measure(dim, even, random);
                 assert!(error <= 1.0, "dim {dim}: {error} of the bound");
                 // Else it would be right, and of no use.
-                assert!(dim > 256 || margin < 0.3, "dim {dim}: half a margin is {margin} of the spread");
+                assert!(dim > 256 || bound < 0.3, "dim {dim}: the bound is {bound} of the spread");
                 let tails = |r: &mut Random| even(r).powi(9) * 100.0;
                 assert!(measure(dim, tails, random).0 <= 1.0, "dim {dim}");
                 let sparse = |r: &mut Random| if r.below(10) == 0 { even(r) } else { 1e-4 * even(r) };
@@ -469,9 +489,10 @@ mod tests {
         for x in [f32::NAN, f32::INFINITY, 1e20, 1e-20, 0.0] {
             let mut query = [0.0; 5];
             query[3] = x;
-            let margin = Buffer::new().quantize(token(), &query).0.margin(5, bounds);
+            let margin = Buffer::new().quantize(token(), &query).0.coarse(5, bounds).margin();
             assert!(!margin.is_finite(), "{x}: {margin}");
         }
-        assert!(!Buffer::new().quantize(token(), &[1.0; 5]).0.margin(5, Bounds::of_scale(f32::NAN)).is_finite());
+        let keys = Bounds::of_scale(f32::NAN);
+        assert!(!Buffer::new().quantize(token(), &[1.0; 5]).0.coarse(5, keys).error.is_finite());
     }
 }

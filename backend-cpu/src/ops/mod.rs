@@ -5,6 +5,7 @@ mod choose;
 mod coarse;
 mod dense;
 mod optim;
+mod pairs;
 mod plan;
 mod select;
 mod select_backward;

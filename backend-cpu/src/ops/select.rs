@@ -11,7 +11,7 @@ use crate::isa::rows::{BLOCK, as_f32, columns, widen};
 use crate::isa::{Simd, dispatch};
 use crate::ops::bag::{Dot, row_cost};
 use crate::ops::choose::{Bag, Choice, Chooser, Half};
-use crate::ops::coarse::{self, Bounds, Buffer};
+use crate::ops::coarse::{self, Bounds, Buffer, Coarse};
 use crate::ops::turned::{self, Turned};
 use crate::ops::{piece, select_backward};
 
@@ -61,7 +61,7 @@ impl Layout {
         let way = match cpu.int8 {
             _ if turned::TOKENS.contains(&tokens) && !as_they_lie => Way::Turned,
             _ if tokens < FEW => Way::Few,
-            Some(int8) if half_dim <= MAX_DIM && choice.has_many() => Way::Coarse(int8),
+            Some(int8) if half_dim <= MAX_DIM && choice.has_many(as_they_lie) => Way::Coarse(int8),
             _ => Way::Product,
         };
         let (halves, panels) = (dims.heads * parts, padded / int8::WIDTH);
@@ -87,7 +87,7 @@ impl Layout {
                 let shared =
                     ScratchReq::new(halves * (padded + panels * Bounds::LEN), halves * padded * int8::words(half_dim));
                 let worker = ScratchReq::new(parts * ROWS * padded, ROWS * int8::left_len(half_dim));
-                (share.min(64), shared, worker.and(choosing))
+                (share.min(256), shared, worker.and(choosing))
             }
         };
         Self { dims, choice, way, padded, tile, shared, worker }
@@ -159,7 +159,7 @@ impl Cpu {
     ) {
         let dims = layout.dims;
         let (scores, bounds) = shared.split_at_mut(dims.tokens * dims.heads * dims.parts * layout.padded);
-        let many = dims.half_dim <= MAX_DIM && layout.choice.has_many();
+        let many = dims.half_dim <= MAX_DIM && layout.choice.has_many(true);
         let packed = many && coarse::lie_as_int8(args.keys, dims.key_rows());
         if let (Some(int8), true) = (self.int8, packed) {
             self.score_few_coarsely(layout, int8, args.queries, args.keys, (&mut *scores, &mut *bounds));
@@ -234,8 +234,8 @@ impl Cpu {
                 let row = th * dims.parts + p;
                 let query = &args.queries[row * c..(row + 1) * c];
                 let keys = Bounds::load(&bounds[row * bounds_of_row..(row + 1) * bounds_of_row]);
-                let margin = Buffer::new().quantize(self.token, query).0.margin(c, keys);
-                Half { query, first: dims.key_row(th % dims.heads, p, 0), margin }
+                let coarse = Buffer::new().quantize(self.token, query).0.coarse(c, keys);
+                Half { query, first: dims.key_row(th % dims.heads, p, 0), coarse }
             };
             self.choose_or_score(chooser, args.keys, [half(0), half(dims.parts - 1)], scores, &mut bag);
         });
@@ -356,14 +356,14 @@ impl Cpu {
                         let at = ((i * layout.tile + from + t) * dims.heads + h) * dims.parts + p;
                         &queries[at * c..(at + 1) * c]
                     };
-                    let mut margins = [[0.0; ROWS]; 2];
+                    let mut coarse = [[Coarse::NONE; ROWS]; 2];
                     for (p, out) in [&mut *first, &mut *second].into_iter().take(dims.parts).enumerate() {
                         let queries: [&[f32]; ROWS] = core::array::from_fn(|t| query(t.min(count - 1), p));
-                        margins[p] = keys.score(self.token, h * dims.parts + p, &queries[..count], codes, out);
+                        coarse[p] = keys.score(self.token, h * dims.parts + p, &queries[..count], codes, out);
                     }
-                    let [a, b] = margins;
+                    let [a, b] = coarse;
                     for (t, (a, b)) in a.into_iter().zip(b).take(count).enumerate() {
-                        let half = |p: usize, margin| Half { query: query(t, p), first: dims.key_row(h, p, 0), margin };
+                        let half = |p: usize, coarse| Half { query: query(t, p), first: dims.key_row(h, p, 0), coarse };
                         let halves = [half(0, a), half(dims.parts - 1, b)];
                         let at = t * layout.padded..(t + 1) * layout.padded;
                         let second = if dims.parts == 2 { &mut second[at.clone()] } else { &mut [][..] };

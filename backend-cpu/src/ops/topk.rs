@@ -3,6 +3,8 @@
 //! The K-th greatest of some 2K group maxima is a lower bound of the K-th best score; about 1.4 K random scores reach
 //! it. Those are collected in their order, and each counts how many go before it: its rank, and so its place.
 
+use core::ops::Range;
+
 use memlayer_core::ops::select::Best;
 
 use crate::isa::Simd;
@@ -22,12 +24,6 @@ pub(super) const fn work(k: usize) -> usize {
     most(k) + 48
 }
 
-/// Pairs `(a, b)` with `(a + 1)(b + 1) <= k`: no other can be among the best `k` of two lists, for at least `k` go
-/// before it: those with no greater positions in both lists have no lesser sums, and come first of equal ones.
-pub(super) fn pairs(k: usize) -> impl Iterator<Item = (usize, usize)> {
-    (0..k).flat_map(move |a| (0..k / (a + 1)).map(move |b| (a, b)))
-}
-
 /// Workspace of one worker.
 pub(super) struct Work<'a> {
     /// [`work`] places.
@@ -39,7 +35,7 @@ pub(super) struct Work<'a> {
 }
 
 /// Writes the best `k` of the first `n` scores and their positions to `best`, best first, and returns true; or returns
-/// false if a score is NaN or positive infinity.
+/// false if a score is NaN or positive infinity. Behind `n`, scores of the best are negative infinity.
 ///
 /// `scores` are filled up to a whole vector with negative infinity, and `best` has [`list`] places.
 #[inline(always)]
@@ -51,23 +47,74 @@ pub(super) fn best<S: Simd>(
     best: (&mut [f32], &mut [u32]),
     work: &mut Work<'_>,
 ) -> bool {
-    let infinity = s.splat(f32::INFINITY);
     let vectors = n.div_ceil(S::LANES);
     let scores = &scores[..vectors * S::LANES];
     let groups = (2 * k).div_ceil(S::LANES);
-    if vectors < 2 * groups {
-        let mut strange = 0;
-        for v in scores.chunks_exact(S::LANES) {
-            strange |= s.not_lt_bits(s.load(v), infinity);
-        }
-        #[allow(clippy::cast_possible_truncation, reason = "a position in a half: ids have 32 bits")]
-        place(s, scores, n, k, |i| i as u32, best, work.ranks);
-        return strange == 0;
+    if vectors >= 2 * groups {
+        let bound = bound(s, scores, groups, k, work);
+        return best_from(s, scores, n, k, bound, best, work);
     }
+    let infinity = s.splat(f32::INFINITY);
+    let mut strange = 0;
+    for v in scores.chunks_exact(S::LANES) {
+        strange |= s.not_lt_bits(s.load(v), infinity);
+    }
+    #[allow(clippy::cast_possible_truncation, reason = "a position in a half: ids have 32 bits")]
+    place(s, scores, n, k, |i| i as u32, best, work.ranks);
+    strange == 0
+}
 
-    let mut base = 0;
-    let (mut len, mut strange) = (0, 0);
-    let bound = s.splat(bound(s, scores, groups, k, work));
+/// [`best`] of at least `k` scores, of which those among the best are known to reach `bound`, and some others may; a bound
+/// of NaN is none.
+#[inline(always)]
+pub(super) fn best_from<S: Simd>(
+    s: S,
+    scores: &[f32],
+    n: usize,
+    k: usize,
+    bound: f32,
+    best: (&mut [f32], &mut [u32]),
+    work: &mut Work<'_>,
+) -> bool {
+    let (len, plain) = reaching(s, scores, bound, k, work);
+    if !(k..=most(k)).contains(&len) {
+        // Too many that reach the bound, or NaN among the maxima. Those that are strange rank first.
+        let (best_scores, best_ids) = (&mut best.0[..k], &mut best.1[..k]);
+        let mut list = Best::new(best_scores, best_ids);
+        for (i, &score) in (0..).zip(&scores[..n]) {
+            list.offer(score, i);
+        }
+        return best.0[0] < f32::INFINITY;
+    }
+    place_collected(s, len, k, best, work);
+    plain
+}
+
+/// Writes the best `k` of the scores that reach `bound`, and their positions, to `best`; returns how many reach it, or nothing
+/// if they are too many, or none, or a score is NaN or positive infinity.
+#[inline(always)]
+pub(super) fn all_from<S: Simd>(
+    s: S,
+    scores: &[f32],
+    k: usize,
+    bound: f32,
+    best: (&mut [f32], &mut [u32]),
+    work: &mut Work<'_>,
+) -> Option<usize> {
+    let (len, plain) = reaching(s, scores, bound, k, work);
+    if !plain || !(1..=most(k)).contains(&len) {
+        return None;
+    }
+    place_collected(s, len, k, best, work);
+    Some(len)
+}
+
+/// Collects the scores that reach `bound`, in their order, until they are more than [`most`], and their positions; how many,
+/// and whether none that was seen is NaN or positive infinity.
+#[inline(always)]
+fn reaching<S: Simd>(s: S, scores: &[f32], bound: f32, k: usize, work: &mut Work<'_>) -> (usize, bool) {
+    let (bound, infinity) = (s.splat(bound), s.splat(f32::INFINITY));
+    let (mut base, mut len, mut strange) = (0, 0, 0);
     for v in scores.chunks_exact(S::LANES) {
         let v = s.load(v);
         strange |= s.not_lt_bits(v, infinity);
@@ -80,20 +127,16 @@ pub(super) fn best<S: Simd>(
             base += S::LANES as u32;
         }
     }
-    if len > most(k) || len < k {
-        // Too many that reach the bound, or NaN among the maxima. Those that are strange rank first.
-        let (best_scores, best_ids) = (&mut best.0[..k], &mut best.1[..k]);
-        let mut list = Best::new(best_scores, best_ids);
-        for (i, &score) in (0..).zip(&scores[..n]) {
-            list.offer(score, i);
-        }
-        return best.0[0] < f32::INFINITY;
-    }
+    (len, strange == 0)
+}
+
+/// [`place`] of `len` scores that were collected.
+#[inline(always)]
+fn place_collected<S: Simd>(s: S, len: usize, k: usize, best: (&mut [f32], &mut [u32]), work: &mut Work<'_>) {
     let padded = len.next_multiple_of(S::LANES);
     work.scores[len..padded].fill(f32::NEG_INFINITY);
     let ids = &*work.ids;
     place(s, &work.scores[..padded], len, k, |i| ids[i], best, work.ranks);
-    strange == 0
 }
 
 /// Collects, in their order, the positions of the scores that are not below the `k`-th best less `margin`; returns how
@@ -111,10 +154,17 @@ pub(super) fn near<S: Simd>(
     most: usize,
     work: &mut Work<'_>,
 ) -> Option<usize> {
-    if margin.is_nan() || margin == f32::INFINITY {
+    let least = bound(s, scores, (2 * k).div_ceil(S::LANES), k, work) - margin;
+    near_from(s, scores, least, near, most)
+}
+
+/// [`near`] of the scores that are not below `least`; nothing also if there are none.
+#[inline(always)]
+pub(super) fn near_from<S: Simd>(s: S, scores: &[f32], least: f32, near: &mut [u32], most: usize) -> Option<usize> {
+    if least.is_nan() || least == f32::NEG_INFINITY {
         return None;
     }
-    let least = s.splat(bound(s, scores, (2 * k).div_ceil(S::LANES), k, work) - margin);
+    let least = s.splat(least);
     let (mut base, mut len) = (0, 0);
     for v in scores.chunks_exact(S::LANES) {
         len += s.compress_ids(s.ge_bits(s.load(v), least), base, &mut near[len..]);
@@ -126,7 +176,7 @@ pub(super) fn near<S: Simd>(
             base += S::LANES as u32;
         }
     }
-    Some(len)
+    (len > 0).then_some(len)
 }
 
 /// Group maxima that are ranked, of which one becomes the bound.
@@ -139,8 +189,17 @@ const SAMPLE: usize = 16;
 #[inline(always)]
 fn bound<S: Simd>(s: S, scores: &[f32], groups: usize, k: usize, work: &mut Work<'_>) -> f32 {
     let count = groups * S::LANES;
-    let maxima = &mut work.scores[..count];
-    for (g, to) in maxima.chunks_exact_mut(S::LANES).enumerate() {
+    let top = &mut work.scores[..count];
+    maxima(s, scores, top);
+    // Where all that are sampled are among the first `k`, all are ranked.
+    bound_among(s, top, [0..SAMPLE.min(count), 0..count], k, work.ranks)
+}
+
+/// The maxima of as many groups of the scores as `to` has places, whole vectors: every so many-th score is of one group.
+#[inline(always)]
+pub(super) fn maxima<S: Simd>(s: S, scores: &[f32], to: &mut [f32]) {
+    let count = to.len();
+    for (g, to) in to.chunks_exact_mut(S::LANES).enumerate() {
         let mut max = s.load(&scores[g * S::LANES..]);
         for v in scores[g * S::LANES..].chunks(count).skip(1) {
             // The last chunk may end before this group's vector begins: a chunk is whole vectors.
@@ -148,28 +207,41 @@ fn bound<S: Simd>(s: S, scores: &[f32], groups: usize, k: usize, work: &mut Work
         }
         s.store(max, to);
     }
-    // Where all that are sampled are among the first `k`, all are ranked. No such score then only if there is NaN: nothing
-    // reaches that bound.
-    for sample in [SAMPLE.min(count), count] {
-        if let Some(bound) = sampled(s, maxima, sample, k, work.ranks) {
+}
+
+/// The greatest score that at least `k - 1` others go before, of those in the first of `samples` that has one: whole vectors.
+/// NaN if none has, which nothing reaches: there is NaN among the scores.
+#[inline(always)]
+pub(super) fn bound_among<S: Simd>(
+    s: S,
+    scores: &[f32],
+    samples: [Range<usize>; 2],
+    k: usize,
+    ranks: &mut [f32],
+) -> f32 {
+    let wanted = rank_bits(k - 1);
+    for sample in samples {
+        rank(s, scores, sample.clone(), ranks);
+        let (mut least, mut bound) = (u32::MAX, 0.0);
+        for (rank, &score) in ranks[..sample.len()].iter().zip(&scores[sample]) {
+            let bits = rank.to_bits();
+            let better = bits >= wanted && bits < least;
+            (least, bound) = if better { (bits, score) } else { (least, bound) };
+        }
+        if least < u32::MAX {
             return bound;
         }
     }
     f32::NAN
 }
 
-/// The greatest of the first `sample` scores that at least `k - 1` go before.
+/// Writes scores, whole vectors, greatest first.
 #[inline(always)]
-fn sampled<S: Simd>(s: S, scores: &[f32], sample: usize, k: usize, ranks: &mut [f32]) -> Option<f32> {
-    rank(s, scores, sample, scores.len(), ranks);
-    let wanted = rank_bits(k - 1);
-    let (mut least, mut at) = (u32::MAX, 0);
-    for (i, rank) in (0u32..).zip(&ranks[..sample]) {
-        let bits = rank.to_bits();
-        let better = bits >= wanted && bits < least;
-        (least, at) = if better { (bits, i) } else { (least, at) };
+pub(super) fn sort<S: Simd>(s: S, scores: &[f32], to: &mut [f32], ranks: &mut [f32]) {
+    rank(s, scores, 0..scores.len(), ranks);
+    for (rank, &score) in ranks.iter().zip(scores) {
+        to[(rank.to_bits() - rank_bits(0)) as usize] = score;
     }
-    (least < u32::MAX).then(|| scores[at as usize])
 }
 
 fn rank_bits(rank: usize) -> u32 {
@@ -189,8 +261,9 @@ pub(super) fn place<S: Simd>(
     best: (&mut [f32], &mut [u32]),
     ranks: &mut [f32],
 ) {
-    rank(s, scores, scores.len(), n, ranks);
+    rank(s, scores, 0..scores.len(), ranks);
     let (best_scores, best_ids) = (&mut best.0[..=k], &mut best.1[..=k]);
+    best_scores[n.min(k)..].fill(f32::NEG_INFINITY);
     for (i, (rank, &score)) in ranks[..n].iter().zip(scores).enumerate() {
         // Place k is for those that are not among the best: cheaper than a branch nobody can predict.
         let at = ((rank.to_bits() - rank_bits(0)) as usize).min(k);
@@ -199,37 +272,80 @@ pub(super) fn place<S: Simd>(
     }
 }
 
-/// For the first `ranked` scores, whole vectors: `ranks[i]` counts, from [`Simd::COUNT`] on, those of the first `n` scores
-/// that go before score `i`: the greater, and of equal ones the earlier.
+/// For the scores in `ranked`, whole vectors: `ranks[i]` counts, from [`Simd::COUNT`] on, those of all
+/// scores that go before the `i`-th of them: the greater, and of equal ones the earlier. Scores are whole vectors too.
 #[inline(always)]
-fn rank<S: Simd>(s: S, scores: &[f32], ranked: usize, n: usize, ranks: &mut [f32]) {
-    for (b, mine) in scores[..ranked].chunks_exact(S::LANES).enumerate() {
-        let mine = s.load(mine);
-        let (start, end) = ((b * S::LANES).min(n), ((b + 1) * S::LANES).min(n));
-        // Four counters, for one would wait for itself. `start` is a multiple of four, or there is no such score.
-        let (mut c0, mut c1, mut c2, mut c3) = (s.splat(S::COUNT), s.splat(0.0), s.splat(0.0), s.splat(0.0));
-        for four in scores[..start].chunks_exact(4) {
-            c0 = s.count_ge(c0, s.splat(four[0]), mine);
-            c1 = s.count_ge(c1, s.splat(four[1]), mine);
-            c2 = s.count_ge(c2, s.splat(four[2]), mine);
-            c3 = s.count_ge(c3, s.splat(four[3]), mine);
+fn rank<S: Simd>(s: S, scores: &[f32], ranked: Range<usize>, ranks: &mut [f32]) {
+    let (mut first, last) = (ranked.start / S::LANES, ranked.end / S::LANES);
+    let mut ranks = &mut ranks[..ranked.len()];
+    while first < last {
+        let count = match last - first {
+            4.. => rank_some::<S, 4>(s, scores, first, ranks),
+            2.. => rank_some::<S, 2>(s, scores, first, ranks),
+            _ => rank_some::<S, 1>(s, scores, first, ranks),
+        };
+        first += count;
+        ranks = &mut ranks[count * S::LANES..];
+    }
+}
+
+/// [`rank`] of `B` vectors from the `first` on, at most four; returns `B`.
+///
+/// How many scores there are nobody can predict: so the inner loops are over as many as a vector has.
+#[inline(always)]
+fn rank_some<S: Simd, const B: usize>(s: S, scores: &[f32], first: usize, ranks: &mut [f32]) -> usize {
+    let (before, rest) = scores.split_at(first * S::LANES);
+    let (own, behind) = rest.split_at(B * S::LANES);
+    let mut mine = [s.splat(0.0); B];
+    for (mine, own) in mine.iter_mut().zip(own.chunks_exact(S::LANES)) {
+        *mine = s.load(own);
+    }
+    // Two counters each, for one would wait for itself.
+    let mut counts = [[s.splat(S::COUNT); B], [s.splat(0.0); B]];
+    for others in before.chunks_exact(S::LANES) {
+        for two in others.as_chunks::<2>().0 {
+            for (counts, &other) in counts.iter_mut().zip(two) {
+                let other = s.splat(other);
+                for (count, &mine) in counts.iter_mut().zip(&mine) {
+                    *count = s.count_ge(*count, other, mine);
+                }
+            }
         }
-        for (lane, &other) in scores[start..end].iter().enumerate() {
+    }
+    rank_own::<S, B, 0>(s, own, &mine, &mut counts);
+    rank_own::<S, B, 1>(s, own, &mine, &mut counts);
+    rank_own::<S, B, 2>(s, own, &mine, &mut counts);
+    rank_own::<S, B, 3>(s, own, &mine, &mut counts);
+    for others in behind.chunks_exact(S::LANES) {
+        for two in others.as_chunks::<2>().0 {
+            for (counts, &other) in counts.iter_mut().zip(two) {
+                let other = s.splat(other);
+                for (count, &mine) in counts.iter_mut().zip(&mine) {
+                    *count = s.count_gt(*count, other, mine);
+                }
+            }
+        }
+    }
+    let [even, odd] = counts;
+    for ((even, odd), to) in even.into_iter().zip(odd).zip(ranks.chunks_exact_mut(S::LANES)) {
+        s.store(s.add(even, odd), to);
+    }
+    B
+}
+
+/// Counts the scores of vector `A` of those that are ranked, if it is one.
+#[inline(always)]
+fn rank_own<S: Simd, const B: usize, const A: usize>(s: S, own: &[f32], mine: &[S::V; B], counts: &mut [[S::V; B]; 2]) {
+    if A >= B {
+        return;
+    }
+    for (i, two) in own[A * S::LANES..(A + 1) * S::LANES].as_chunks::<2>().0.iter().enumerate() {
+        for (odd, (counts, &other)) in counts.iter_mut().zip(two).enumerate() {
             let other = s.splat(other);
-            c0 = s.count_gt(c0, other, mine);
-            c1 = s.count_eq_behind(c1, other, mine, lane);
+            for (b, (count, &mine)) in counts.iter_mut().zip(mine).enumerate() {
+                *count = if A < b { s.count_ge(*count, other, mine) } else { s.count_gt(*count, other, mine) };
+            }
+            counts[A] = s.count_eq_behind(counts[A], other, mine[A], 2 * i + odd);
         }
-        let mut rest = scores[end..n].chunks_exact(4);
-        for four in &mut rest {
-            c0 = s.count_gt(c0, s.splat(four[0]), mine);
-            c1 = s.count_gt(c1, s.splat(four[1]), mine);
-            c2 = s.count_gt(c2, s.splat(four[2]), mine);
-            c3 = s.count_gt(c3, s.splat(four[3]), mine);
-        }
-        for &other in rest.remainder() {
-            c2 = s.count_gt(c2, s.splat(other), mine);
-        }
-        let count = s.add(s.add(c0, c1), s.add(c2, c3));
-        s.store(count, &mut ranks[b * S::LANES..]);
     }
 }

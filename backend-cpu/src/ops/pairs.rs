@@ -1,0 +1,117 @@
+//! Which sub-keys can be in a pair among the best K, without the best K of each half.
+//!
+//! The greatest scores of some groups of sub-keys, the leaders of a half, make pairs too. Where `B` is the K-th best of
+//! these, the K-th best pair of all is no worse; so a sub-key in a pair among the best reaches `B` together with the
+//! greatest of the other half. Of 1024 random scores some 14 do for K = 32, fewer than the best K of the half, of which
+//! most are in no pair.
+//!
+//! With scores that are off, those of a half by `m` at most and those of the other by `n`, the K-th best pair is no less
+//! than `B - m - n`, and what a sub-key has and the greatest of the other half are off by `m` and `n` once more.
+
+use crate::isa::Simd;
+use crate::ops::topk::{self, Work};
+
+/// Of each `a < k` how many pairs `(a, b)` have `(a + 1)(b + 1) <= k`: no other can be among the best `k` of two lists, for
+/// at least `k` go before it: those with no greater positions in both lists have no lesser sums, and come first of equal ones.
+pub(super) fn rows(k: usize) -> impl Iterator<Item = usize> {
+    (0..k).map(move |a| k / (a + 1))
+}
+
+/// Writes the sums of pairs of two lists, with `rows[a]` pairs of place `a` of the first, one row after the other, and
+/// negative infinity up to sixteen; returns how many.
+///
+/// `second` is read, and `sums` written, in whole vectors.
+#[inline(always)]
+pub(super) fn sum<S: Simd>(s: S, first: &[f32], second: &[f32], rows: &[u32], sums: &mut [f32]) -> usize {
+    let mut len = 0;
+    for (&u, &row) in first.iter().zip(rows) {
+        let (u, row) = (s.splat(u), row as usize);
+        let mut b = 0;
+        // What is too much is overwritten by the next row, or filled below.
+        while b < row {
+            s.store(s.add(u, s.load(&second[b..])), &mut sums[len + b..]);
+            b += S::LANES;
+        }
+        len += row;
+    }
+    sums[len..len.next_multiple_of(16)].fill(f32::NEG_INFINITY);
+    len
+}
+
+/// Leaders of a half: whole vectors of any instruction set.
+pub(super) const fn leaders(k: usize) -> usize {
+    k.next_multiple_of(16)
+}
+
+/// Writes the leaders of a half, times `factor`, greatest first. The scores are whole vectors, at least two for each of
+/// leaders.
+#[inline(always)]
+pub(super) fn lead<S: Simd>(s: S, scores: &[f32], factor: f32, to: &mut [f32], work: &mut Work<'_>) {
+    let maxima = &mut work.scores[..to.len()];
+    topk::maxima(s, scores, maxima);
+    for to in maxima.chunks_exact_mut(S::LANES) {
+        s.store(s.mul(s.splat(factor), s.load(to)), to);
+    }
+    topk::sort(s, maxima, to, work.ranks);
+}
+
+/// What a pair among the best has at least: NaN, or negative infinity, where nothing is known.
+#[derive(Clone, Copy)]
+pub(super) struct Bound {
+    /// Of the sum of exact scores.
+    pub(super) pair: f32,
+    /// What the halves add to it at most, by scores with errors.
+    greatest: [f32; 2],
+    /// What these are off at most.
+    errors: [f32; 2],
+}
+
+impl Bound {
+    /// From scores of both halves, greatest first, each off by its error at most, that is from the [`leaders`] or the exact best.
+    /// `rows` are those of [`rows`], and `sums` has room for the sums of all pairs.
+    #[inline(always)]
+    pub(super) fn new<S: Simd>(
+        s: S,
+        (first, second): (&[f32], &[f32]),
+        errors: [f32; 2],
+        rows: &[u32],
+        sums: &mut [f32],
+    ) -> Self {
+        let len = sum(s, first, second, rows, sums).next_multiple_of(16);
+        let pair = reached(s, &sums[..len], rows.len()) - errors[0] - errors[1];
+        Self { pair, greatest: [first[0], second[0]], errors }.rounded()
+    }
+
+    /// Less than any rounding of a sum or product of its numbers takes from it, here, in a scan or in the law.
+    #[inline(always)]
+    fn rounded(self) -> Self {
+        let Self { pair, greatest: [a, b], errors: [c, d] } = self;
+        Self { pair: pair - 8.0 * f32::EPSILON * (pair.abs() + a.abs() + b.abs() + c + d), ..self }
+    }
+
+    /// Of the score with its error of a sub-key of half `p`, times `factor`.
+    #[inline(always)]
+    pub(super) fn half(self, p: usize, factor: f32) -> f32 {
+        let Self { pair, greatest, errors } = self;
+        (pair - greatest[1 - p] - errors[1 - p] - errors[p]) / factor
+    }
+}
+
+/// The greatest of the first `k` sums, which descend, that at least `k` of all reach; the last is one.
+#[inline(always)]
+fn reached<S: Simd>(s: S, sums: &[f32], k: usize) -> f32 {
+    let (mut first, mut left) = (0, k - 1);
+    while left > 0 {
+        let half = left / 2;
+        let bound = s.splat(sums[first + half]);
+        let mut count = 0;
+        for v in sums.chunks_exact(S::LANES) {
+            count += s.ge_bits(s.load(v), bound).count_ones() as usize;
+        }
+        // Without a branch, which nobody can predict.
+        let few = count < k;
+        first = if few { first + half + 1 } else { first };
+        left = if few { left - half - 1 } else { half };
+    }
+    sums[first]
+}
