@@ -29,6 +29,11 @@ fn linear_maps() {
         (70, 513, 8),
         (17, 31, 63),
         (17, 32, 65),
+        (12, 300, 5),
+        (13, 64, 512),
+        (16, 513, 130),
+        (28, 30, 700),
+        (32, 257, 65),
     ];
     for (tokens, inputs, outputs) in sizes {
         let (x, weight) = (random.reals(tokens * inputs), random.reals(outputs * inputs));

@@ -11,9 +11,21 @@ use crate::isa::product::{self, DEPTH, Left, MAX_WIDTH, Panel};
 use crate::isa::rows::dot;
 use crate::isa::{Lanes, Simd, dispatch};
 use crate::math::sigmoid;
+use crate::ops::choose::take;
 
 /// With fewer tokens or outputs a linear map is dots; with more it is a product of tiles.
 const FEW: usize = 4;
+
+/// The most tokens that are the columns of a linear map's product.
+const COLUMNS: usize = 32;
+
+/// Whether they are: laying out the weight for its product takes as long as the product then, and they fill vectors of sixteen.
+const fn are_columns(tokens: usize) -> bool {
+    matches!(tokens, 12..=16 | 28..=COLUMNS)
+}
+
+/// Outputs of a tile of tokens that are columns.
+const OUTPUTS: usize = 64;
 
 /// Values of a gate that one piece of work takes.
 const VALUES: usize = 4096;
@@ -53,6 +65,28 @@ impl Cpu {
                 out.chunks_mut(outputs).enumerate().for_each(|(t, out)| dots((i * tokens + t, 0, out)));
             });
         }
+    }
+
+    /// `out = x · weightᵀ + bias` for some tokens, a range of outputs a piece.
+    fn linear_columns(&self, dims: LinearDims, args: Linear<'_, Self>) {
+        let (inputs, outputs) = (dims.inputs, dims.outputs);
+        let width = outputs.div_ceil(2 * self.threads()).next_multiple_of(OUTPUTS);
+        let cost = dims.tokens * outputs * inputs / 16;
+        // What is left of each token's outputs.
+        let mut rest: [&mut [f32]; COLUMNS] = core::array::from_fn(|_| Default::default());
+        rest.iter_mut().zip(args.out.chunks_mut(outputs)).for_each(|(rest, out)| *rest = out);
+        let pieces = (0..outputs).step_by(width).map(|first| {
+            let out = rest.each_mut().map(|rest| {
+                let width = width.min(rest.len());
+                take(rest, width)
+            });
+            (first, out)
+        });
+        self.pool.for_each(cost, pieces, |(first, mut out)| {
+            let weight = &args.weight[first * inputs..];
+            let bias = args.bias.map(|bias| &bias[first..]);
+            dispatch!(self.token, s => linear_columns(s, args.x, weight, bias, inputs, &mut out[..dims.tokens]));
+        });
     }
 
     /// `dx = dout · weight`.
@@ -141,6 +175,48 @@ fn linear_rows<S: Simd>(s: S, x: &[f32], weight: &[f32], bias: Option<&[f32]>, d
     add_bias(bias, outputs, out);
 }
 
+/// The outputs of the first rows of a weight: the tokens are a product's columns, and the weight is read where it lies.
+#[inline(always)]
+fn linear_columns<S: Simd>(
+    s: S,
+    x: &[f32],
+    weight: &[f32],
+    bias: Option<&[f32]>,
+    inputs: usize,
+    out: &mut [&mut [f32]],
+) {
+    let (width, outputs) = (product::width::<S>(), out[0].len());
+    let mut panel = [0.0; DEPTH * MAX_WIDTH];
+    let (mut tile, mut turned) = ([0.0; OUTPUTS * MAX_WIDTH], [0.0; OUTPUTS * MAX_WIDTH]);
+    for (x, out) in x.chunks(width * inputs).zip(out.chunks_mut(width)) {
+        // Half a panel where that has room for all.
+        let columns = if out.len() <= S::LANES { S::LANES } else { width };
+        for first in (0..outputs).step_by(OUTPUTS) {
+            let rows = OUTPUTS.min(outputs - first);
+            for k in (0..inputs).step_by(DEPTH) {
+                let depth = DEPTH.min(inputs - k);
+                // Of one piece of the depth it is the same panel for all outputs.
+                if first == 0 || inputs > DEPTH {
+                    product::transpose(s, &x[k..], inputs, out.len(), depth, &mut panel);
+                }
+                let left = Left { data: &weight[first * inputs + k..], row: inputs, step: 1 };
+                let panel = Panel { data: &panel, step: width };
+                product::multiply(s, (rows, depth, columns), left, panel, (&mut tile, width), k > 0);
+            }
+            for n in (0..OUTPUTS).step_by(S::LANES) {
+                for t in (0..columns).step_by(S::LANES) {
+                    s.turn((&tile[n * width + t..], width), (&mut turned[t * OUTPUTS + n..], OUTPUTS));
+                }
+            }
+            for (turned, out) in turned.chunks_exact(OUTPUTS).zip(&mut *out) {
+                let out = &mut out[first..first + rows];
+                out.copy_from_slice(&turned[..rows]);
+                add_bias(bias.map(|bias| &bias[first..first + rows]), rows, out);
+            }
+        }
+    }
+}
+
 #[inline(always)]
 fn add_bias(bias: Option<&[f32]>, outputs: usize, out: &mut [f32]) {
     if let Some(bias) = bias {
@@ -162,6 +238,10 @@ impl Dense for Cpu {
         if dims.tokens < FEW || outputs < FEW {
             self.linear_dots(dims, &mut args);
             add_bias(args.bias, outputs, args.out);
+            return Ok(());
+        }
+        if are_columns(dims.tokens) {
+            self.linear_columns(dims, args);
             return Ok(());
         }
         let tokens = self.rows_of_piece(dims.tokens);
