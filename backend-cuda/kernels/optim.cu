@@ -31,10 +31,11 @@
 #define SHORT_BOUNDS 256, 4
 #endif
 
-// The same where dots are found too. Rules without a rate of rows read each piece twice at the same time.
-#if RULE == ADAGRAD || RULE == ADAM
+// The same where dots are found too. Rules without a rate of rows read each piece twice at the same time, and more sources in
+// bf16 are on their way.
+#if RULE == ADAGRAD || RULE == ADAM || (RULE == ROWWISE_ADAM && SOURCE == BF16)
 #define DOT_BOUNDS 256, 2
-#elif RULE == SGD
+#elif RULE == SGD || (RULE == ROWWISE_ADAGRAD && ELEM == F32 && SOURCE == BF16)
 #define DOT_BOUNDS 256, 3
 #else
 #define DOT_BOUNDS SHORT_BOUNDS
@@ -211,12 +212,12 @@ template <int VEC, int N> struct Dots {
         for (int i = 0; i < (VEC + 1) / 2; i++) asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(odd) : "r"(raw.w[i]), "r"(0u));
 #endif
     }
-    __device__ __forceinline__ void multiply(const float (&x)[VEC], float& part) const {
+    __device__ __forceinline__ void multiply(const Source<VEC>& x, float& part) const {
 #pragma unroll
         for (int i = 0; i < VEC; i++) part = fmaf(x[i], values[i], part);
     }
     // The sources of the entries from `first` on.
-    template <int COUNT> __device__ __forceinline__ void multiply_all(u32 first, const float (&x)[COUNT][VEC]) {
+    template <int COUNT> __device__ __forceinline__ void multiply_all(u32 first, const Source<VEC> (&x)[COUNT]) {
         static_assert(COUNT <= 4, "a part for each entry");
         float parts[4] = {};
 #pragma unroll
@@ -445,16 +446,17 @@ __device__ __forceinline__ void dot_row(const Rows& table, u32 id, const Plan& p
         u32 source;
         float weight;
         gradient.weigh(entry, source, weight);
-        const float* p[DOTS];
+        const u8* p[DOTS];
         float sums[DOTS] = {};
 #pragma unroll
-        for (int k = 0; k < DOTS; k++) p[k] = gradient.sources + (u64)__shfl_sync(FULL, source, k) * gradient.dim;
+        for (int k = 0; k < DOTS; k++) p[k] = gradient.place(__shfl_sync(FULL, source, k), 0);
 #pragma unroll 1
         for (u32 column = lane * VEC; column < table.dim; column += 32 * VEC) {
-            float x[DOTS][VEC], values[VEC];
+            Source<VEC> x[DOTS];
+            float values[VEC];
             decode<ELEM, VEC>(load_codes<VEC, true>(place.codes + column * SIZE), values);
 #pragma unroll
-            for (int k = 0; k < DOTS; k++) Gradient::load<VEC>(p[k] + column, true, x[k]);
+            for (int k = 0; k < DOTS; k++) x[k].load(p[k] + column * SOURCE_SIZE, true);
 #pragma unroll
             for (int k = 0; k < DOTS; k++) {
 #pragma unroll

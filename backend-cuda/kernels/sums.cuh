@@ -1,7 +1,7 @@
 // Sums over the entries of a row, for plan.cu and optim.cu.
 //
 // A vertical sum: products, then sums, unfused, in order of the entries, from zero. A thread owns its columns, so how rows
-// are spread over threads changes no bit.
+// are spread over threads changes no bit. SOURCE says what sources are stored as (F32 or BF16); products are of f32 either way.
 //
 // Rows are of three kinds. Short ones, by far the most, are far apart and have next to no work: a block takes one at a time
 // with few threads, so that many are under way, and asks early for what it will need. What it finds to be longer it puts on
@@ -76,26 +76,50 @@ struct NoDots {
     static constexpr int HELD = 0;
 };
 
+#ifndef SOURCE
+#define SOURCE F32
+#endif
+#define SOURCE_SIZE (SOURCE == BF16 ? 2 : 4)
+// Sources in bf16 take half of the registers on their way: so many times as many of them are.
+#define FLIGHT (SOURCE == BF16 ? 2 : 1)
+
+// VEC values of a source as they are stored: while they are on their way they take no more registers than that.
+template <int VEC> struct Source {
+    Raw<VEC * SOURCE_SIZE> raw;
+
+    // Zeros unless they are `wanted`: registers that are only written sometimes would be held for ever.
+    __device__ __forceinline__ void load(const u8* p, bool wanted) {
+        raw = {};
+        if (!wanted) return;
+        if constexpr (VEC * SOURCE_SIZE == 16) {
+            const uint4 v = __ldg((const uint4*)p);
+            raw.w[0] = v.x, raw.w[1] = v.y, raw.w[2] = v.z, raw.w[3] = v.w;
+        } else if constexpr (VEC * SOURCE_SIZE == 8) {
+            const uint2 v = __ldg((const uint2*)p);
+            raw.w[0] = v.x, raw.w[1] = v.y;
+        } else if constexpr (VEC * SOURCE_SIZE == 4) {
+            raw.w[0] = __ldg((const u32*)p);
+        } else {
+            raw.w[0] = __ldg((const u16*)p);
+        }
+    }
+    __device__ __forceinline__ float operator[](int i) const {
+        if (SOURCE == F32) return __uint_as_float(raw.w[i]);
+        return __uint_as_float(i % 2 == 0 ? raw.w[i / 2] << 16 : raw.w[i / 2] & 0xffff0000u);
+    }
+};
+
 // Entry e adds weights[e] * sources[e / bag]; `magic` divides by the bag. `len` entries.
 struct Gradient {
     const float* weights;
-    const float* sources;
+    const u8* sources;
     u64 magic;
     u32 dim;
     u32 len;
 
-    // VEC values of a source if they are `wanted`, else zeros: registers that are only written sometimes would be held for
-    // ever.
-    template <int VEC> static __device__ __forceinline__ void load(const float* p, bool wanted, float (&x)[VEC]) {
-        if (!wanted) {
-#pragma unroll
-            for (int i = 0; i < VEC; i++) x[i] = 0.0f;
-        } else if constexpr (VEC == 4) {
-            const float4 v = __ldg((const float4*)p);
-            x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
-        } else {
-            x[0] = __ldg(p);
-        }
+    // Where source `row` is at `column`.
+    __device__ __forceinline__ const u8* place(u32 row, u32 column) const {
+        return sources + ((u64)row * dim + column) * SOURCE_SIZE;
     }
 
     // The source and the weight of the entry at `at`: a plan that names an entry there is not is read as entry 0.
@@ -115,12 +139,13 @@ struct Gradient {
                                               float (&sum)[VEC], D& dots) const {
 #pragma unroll 1
         for (u32 j = 0; j < count; j += AHEAD) {
-            float w[AHEAD], x[AHEAD][VEC];
+            float w[AHEAD];
+            Source<VEC> x[AHEAD];
 #pragma unroll
             for (int a = 0; a < AHEAD; a++) {
                 const u32 r = __shfl_sync(FULL, lane_row, j + a);
                 w[a] = __shfl_sync(FULL, lane_weight, j + a);
-                load<VEC>(sources + (u64)r * dim + column, j + a < count, x[a]);
+                x[a].load(place(r, column), j + a < count);
             }
 #pragma unroll
             for (int a = 0; a < AHEAD; a++) {
@@ -137,22 +162,22 @@ struct Gradient {
     template <int VEC, int GROUP, int K, class Out, class D>
     __device__ __forceinline__ void sum_few(u32 lane_row, float lane_weight, Span span, const Out& out, D& dots) const {
         const u32 begin = span.from + threadIdx.x % 32 * VEC;
-        const float* p[K];
+        const u8* p[K];
         float w[K], parts[K] = {};
 #pragma unroll
         for (int k = 0; k < K; k++) {
-            p[k] = sources + (u64)__shfl_sync(FULL, lane_row, k) * dim + begin;
+            p[k] = place(__shfl_sync(FULL, lane_row, k), begin);
             w[k] = __shfl_sync(FULL, lane_weight, k);
         }
         u32 first = begin;
         // GROUP pieces, from number `piece` on.
         const auto pieces = [&](int piece) {
-            float x[GROUP][K][VEC];
+            Source<VEC> x[GROUP][K];
 #pragma unroll
             for (int g = 0; g < GROUP; g++) {
 #pragma unroll
                 for (int k = 0; k < K; k++) {
-                    load<VEC>(p[k] + g * 32 * VEC, first + g * 32 * VEC < span.to, x[g][k]);
+                    x[g][k].load(p[k] + g * 32 * VEC * SOURCE_SIZE, first + g * 32 * VEC < span.to);
                 }
                 if constexpr (D::WANTED) dots.load(piece, g, first + g * 32 * VEC, first + g * 32 * VEC < span.to);
             }
@@ -176,7 +201,7 @@ struct Gradient {
                 }
             }
 #pragma unroll
-            for (int k = 0; k < K; k++) p[k] += GROUP * 32 * VEC;
+            for (int k = 0; k < K; k++) p[k] += GROUP * 32 * VEC * SOURCE_SIZE;
             first += GROUP * 32 * VEC;
         };
 #pragma unroll
@@ -225,7 +250,7 @@ struct Gradient {
     template <int VEC, class Out, class D>
     __device__ __forceinline__ void sum_short(u32 len, u32 row, float weight, Span span, const Out& out, D& dots) const {
         if (len <= 1) return sum_few<VEC, 4, 1>(row, weight, span, out, dots);
-        if (len == 2) return sum_few<VEC, 2, 2>(row, weight, span, out, dots);
+        if (len == 2) return sum_few<VEC, 2 * FLIGHT, 2>(row, weight, span, out, dots);
 #pragma unroll 1
         for (u32 base = span.from; base < span.to; base += 32 * VEC) {
             const u32 column = base + threadIdx.x % 32 * VEC;
@@ -236,7 +261,7 @@ struct Gradient {
                 dots.load(D::HELD, 0, column, column < span.to);
                 dots.take(D::HELD, 0);
             }
-            add_lanes<VEC, D::WANTED ? 2 : 3>(row, weight, len, column < span.to ? column : 0, sum, dots);
+            add_lanes<VEC, D::WANTED ? 2 * FLIGHT : 2 + FLIGHT>(row, weight, len, column < span.to ? column : 0, sum, dots);
             if (column < span.to) out(column, sum);
         }
     }

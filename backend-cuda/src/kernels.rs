@@ -53,23 +53,27 @@ impl File {
     }
 }
 
-/// A kernel file as it is compiled for a format of rows and a row rule.
+/// A kernel file as it is compiled for a format of rows, a row rule and a format of gradients' sources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Variant {
     pub(crate) file: File,
     pub(crate) format: u32,
     pub(crate) rule: u32,
+    pub(crate) source: u32,
 }
 
 impl Variant {
     pub(crate) const fn of(file: File) -> Self {
-        Self { file, format: 0, rule: 0 }
+        Self { file, format: 0, rule: 0, source: 0 }
     }
     pub(crate) const fn format(self, format: u32) -> Self {
         Self { format, ..self }
     }
     pub(crate) const fn rule(self, rule: u32) -> Self {
         Self { rule, ..self }
+    }
+    pub(crate) const fn source(self, source: u32) -> Self {
+        Self { source, ..self }
     }
     /// Bytes of a code of its format.
     pub(crate) const fn code_bytes(self) -> usize {
@@ -172,6 +176,7 @@ impl Kernels {
             "--ftz=false".to_owned(),
             format!("-DELEM={}", variant.format),
             format!("-DRULE={}", variant.rule),
+            format!("-DSOURCE={}", variant.source),
         ];
         let place = self.cache.as_deref().map(|folder| self.place(folder, variant.file, &source, &options));
         // A file that cannot be read, was cut off, or that the driver refuses is made again.

@@ -44,6 +44,7 @@ use memlayer_core::{ArgError, Device, Item};
 pub use memory::{Buffer, Rows, TrainRows, View, ViewMut};
 pub use ops::adamw::{AdamW, SQUARE_PARTS};
 pub use ops::cache::CachedTable;
+pub use ops::gradient::MixedGradient;
 pub use ops::optim::DeviceRule;
 pub use ops::select::MAX_TOP_K;
 

@@ -302,7 +302,7 @@ fn check_sums<E: Trainable>(cuda: &Cuda, case: &Case, ids: &[u32]) {
         (cuda.upload(&case.weights).expect("weights"), cuda.upload(&case.sources).expect("sources"));
     let mut found = cuda.zeros::<E>(unique * dim).expect("sums");
     let gradient = RowGradient { bag: case.bag, dim, weights: weights.view(), sources: sources.view() };
-    cuda.reduce_as(plan.plan(), gradient, found.view_mut()).expect("sums");
+    cuda.reduce_as(plan.plan(), gradient.into(), found.view_mut()).expect("sums");
     cuda.synchronize().expect("sums");
     let found: Vec<E> = TestDevice::download(cuda, &found);
     for (at, pair) in expected.iter().zip(&found).enumerate() {

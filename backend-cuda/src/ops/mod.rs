@@ -4,6 +4,7 @@ pub(crate) mod adamw;
 pub(crate) mod bag;
 pub(crate) mod cache;
 pub(crate) mod dense;
+pub(crate) mod gradient;
 pub(crate) mod optim;
 pub(crate) mod plan;
 pub(crate) mod select;

@@ -8,7 +8,8 @@ use memlayer_core::ops::plan::{CHUNK, RowGradient, RowPlan};
 use memlayer_core::random::mix;
 use memlayer_core::{Scratch, ScratchReq, Table, Trainable};
 
-use super::plan::{Destination, GradientArg, Lists, LongRows, PlanArg, SHORT, VARIANT, pieces, row_block, short_block};
+use super::gradient::{Gradient, MixedGradient};
+use super::plan::{Destination, Lists, LongRows, PlanArg, SHORT, VARIANT, pieces, row_block, short_block};
 use super::{aligned, number_of, size};
 use crate::Cuda;
 use crate::error::CudaError;
@@ -222,7 +223,7 @@ impl<E: Trainable, O: DeviceRule> RowUpdate<TrainRows<'_, E>, O> for Cuda {
         gradient: RowGradient<'_, Self>,
         scratch: Scratch<'_, Self>,
     ) -> Result<(), CudaError> {
-        self.change_rows("reduce_and_update", table, rule, step, plan, gradient, None, scratch)
+        self.reduce_and_update_as(table, rule, step, plan, gradient.into(), scratch)
     }
 
     fn dot_reduce_and_update_scratch(&self, dim: usize, _entries: usize) -> ScratchReq {
@@ -239,38 +240,72 @@ impl<E: Trainable, O: DeviceRule> RowUpdate<TrainRows<'_, E>, O> for Cuda {
         dots: ViewMut<'_, f32>,
         scratch: Scratch<'_, Self>,
     ) -> Result<(), CudaError> {
-        const OP: &str = "dot_reduce_and_update";
-        check_len(OP, "dots", plan.entries.len(), dots.len())?;
-        self.change_rows(OP, table, rule, step, plan, gradient, Some(dots), scratch)
+        self.dot_reduce_and_update_as(table, rule, step, plan, gradient.into(), dots, scratch)
     }
 }
 
 impl Cuda {
+    /// [`RowUpdate::reduce_and_update`] of sources in `S`, with its scratch.
+    ///
+    /// # Errors
+    /// As there; rows and sources other than f32 and bf16 are not supported.
+    pub fn reduce_and_update_as<E: Trainable, O: DeviceRule, S: Trainable>(
+        &self,
+        table: TrainRows<'_, E>,
+        rule: &O,
+        step: &Step,
+        plan: RowPlan<'_, Self>,
+        gradient: MixedGradient<'_, S>,
+        scratch: Scratch<'_, Self>,
+    ) -> Result<(), CudaError> {
+        self.change_rows("reduce_and_update", table, rule, step, plan, gradient, None, scratch)
+    }
+
+    /// [`RowUpdate::dot_reduce_and_update`] of sources in `S`, with its scratch. Dots are with the sources as they are stored.
+    ///
+    /// # Errors
+    /// As there; rows and sources other than f32 and bf16 are not supported.
+    #[allow(clippy::too_many_arguments, reason = "what the operation takes")]
+    pub fn dot_reduce_and_update_as<E: Trainable, O: DeviceRule, S: Trainable>(
+        &self,
+        table: TrainRows<'_, E>,
+        rule: &O,
+        step: &Step,
+        plan: RowPlan<'_, Self>,
+        gradient: MixedGradient<'_, S>,
+        dots: ViewMut<'_, f32>,
+        scratch: Scratch<'_, Self>,
+    ) -> Result<(), CudaError> {
+        const OP: &str = "dot_reduce_and_update";
+        check_len(OP, "dots", plan.entries.len(), dots.len())?;
+        self.change_rows(OP, table, rule, step, plan, gradient, Some(dots), scratch)
+    }
+
     /// Sums the gradients of rows and applies them; where `dots` are wanted, each entry's is found before its row changes.
     #[allow(clippy::too_many_arguments, reason = "what the operations take, and where the dots go")]
-    fn change_rows<E: Trainable, O: DeviceRule>(
+    fn change_rows<E: Trainable, O: DeviceRule, S: Trainable>(
         &self,
         op: &'static str,
         table: TrainRows<'_, E>,
         rule: &O,
         step: &Step,
         plan: RowPlan<'_, Self>,
-        gradient: RowGradient<'_, Self>,
+        gradient: MixedGradient<'_, S>,
         dots: Option<ViewMut<'_, f32>>,
         scratch: Scratch<'_, Self>,
     ) -> Result<(), CudaError> {
-        gradient.check(op, &plan)?;
-        check_len(op, "width of the gradient", table.dim, gradient.dim)?;
+        let gradient = Gradient::new(op, &gradient, &plan)?;
+        check_len(op, "width of the gradient", table.dim, gradient.dim())?;
         scratch.check(op, RowUpdate::<TrainRows<'_, E>, O>::reduce_and_update_scratch(self, table.dim))?;
-        let update = self.update_of(op, &table, rule, step, &plan)?;
-        let gradient = GradientArg::new(op, &gradient)?;
+        let mut update = self.update_of(op, &table, rule, step, &plan)?;
+        update.variant = update.variant.source(gradient.format);
         let entries = plan.entries.len();
         if entries == 0 {
             return Ok(());
         }
         let lists = self.lists()?;
         let wide = update.wide && gradient.is_wide();
-        let args = || update.args().value(gradient).value(lists);
+        let args = || update.args().value(gradient.arg).value(lists);
         let flagged = |args: Args| args.value(self.flag.view().pointer()).value(number_of(op));
         let block = short_block(update.pieces(wide));
         // A float a thread where warps share a row and add up their parts of a dot.
@@ -283,7 +318,7 @@ impl Cuda {
             if entries > SHORT {
                 let kernel = self.kernels.get(update.variant, if wide { "dot_rows_4" } else { "dot_rows_1" })?;
                 let mut args =
-                    Args::new().value(update.rows).value(update.plan).value(gradient).value(lists).write(dots);
+                    Args::new().value(update.rows).value(update.plan).value(gradient.arg).value(lists).write(dots);
                 args = args.value(self.flag.view().pointer());
                 let blocks = self.row_blocks(entries.div_ceil(SHORT), DOT_BLOCK);
                 self.stream.launch(&kernel, Shape::new(blocks, DOT_BLOCK), &mut args)?;
@@ -310,7 +345,7 @@ impl Cuda {
     fn update_long_rows(
         &self,
         update: &Update,
-        gradient: GradientArg,
+        gradient: Gradient,
         lists: Lists,
         slots: &ViewMut<'_, f32>,
         most: usize,
@@ -327,7 +362,7 @@ impl Cuda {
                 gradient,
                 lists,
                 to,
-                LongRows { variant: VARIANT, first, count, slots: true },
+                LongRows { format: VARIANT.format, first, count, slots: true },
             )?;
             let mut args = update
                 .args()

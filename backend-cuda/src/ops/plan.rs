@@ -5,7 +5,8 @@ use memlayer_core::ops::plan::{CHUNK, PlanBuffers, RowGradient, RowPlan};
 use memlayer_core::{ArgError, Scratch, ScratchReq, Trainable};
 
 use super::bag::check_rows;
-use super::{aligned, magic, number_of, size};
+use super::gradient::{Gradient, MixedGradient};
+use super::{aligned, number_of, size};
 use crate::Cuda;
 use crate::error::CudaError;
 use crate::kernels::{File, Variant, trained_format};
@@ -55,40 +56,6 @@ impl PlanArg {
             entries_len: size(op, "entries", entries)?,
             padding: 0,
         })
-    }
-}
-
-/// The numeric half of a sparse gradient as kernels take it.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
-pub(crate) struct GradientArg {
-    weights: u64,
-    sources: u64,
-    magic: u64,
-    dim: u32,
-    len: u32,
-}
-
-impl GradientArg {
-    /// The sizes are checked.
-    pub(crate) fn new(op: &'static str, gradient: &RowGradient<'_, Cuda>) -> Result<Self, CudaError> {
-        Ok(Self {
-            weights: gradient.weights.pointer(),
-            sources: gradient.sources.pointer(),
-            magic: magic(gradient.bag),
-            dim: size(op, "width of the gradient", gradient.dim)?,
-            len: size(op, "entries", gradient.weights.len())?,
-        })
-    }
-    /// How many sources there are.
-    fn sources_len(&self) -> usize {
-        let len = u128::from(self.len);
-        #[allow(clippy::cast_possible_truncation, reason = "no more than entries")]
-        if self.magic == 0 { len as usize } else { ((len * u128::from(self.magic)) >> 64) as usize }
-    }
-    /// Whether four columns may be read at once.
-    pub(crate) const fn is_wide(&self) -> bool {
-        aligned(self.sources, self.dim as usize)
     }
 }
 
@@ -146,10 +113,10 @@ pub(crate) fn short_block(pieces: usize) -> u32 {
     u32::try_from(pieces.div_ceil(8).next_multiple_of(32).clamp(32, 256)).unwrap_or(256)
 }
 
-/// Columns of rows of `dim` that are summed at a time, so that those of `sources` stay in a cache of so many bytes, which
-/// sums written in codes of `bytes` pass through too.
+/// Columns of rows of `dim` that are summed at a time, so that those of the sources, of which one column has `sources` bytes,
+/// stay in a cache of so many bytes, which sums written in codes of `bytes` pass through too.
 fn slice(sources: usize, dim: usize, bytes: usize, cache: usize) -> usize {
-    let fits = cache / (3 * bytes) / size_of::<f32>() / sources.max(1);
+    let fits = cache / (3 * bytes) / sources.max(1);
     // No warp is left with less than a piece for each lane.
     (fits / 128 * 128).max(128).min(dim)
 }
@@ -162,23 +129,22 @@ impl Cuda {
         Ok(Lists::at(pointer))
     }
 
-    /// [`RowReduce::reduce`] to rows of `E`: the same sums, each rounded once, to nearest, as [`Trainable::store`] does without
-    /// noise. Rows of bf16 are half of what is written.
+    /// [`RowReduce::reduce`] of sources in `S` to rows of `E`: the same sums, each rounded once, to nearest, as
+    /// [`Trainable::store`] does without noise. Rows of bf16 are half of what is written.
     ///
     /// # Errors
-    /// [`ArgError`] if a size does not fit; rows other than f32 and bf16 are not supported.
-    pub fn reduce_as<E: Trainable>(
+    /// [`ArgError`] if a size does not fit; rows and sources other than f32 and bf16 are not supported.
+    pub fn reduce_as<E: Trainable, S: Trainable>(
         &self,
         plan: RowPlan<'_, Self>,
-        gradient: RowGradient<'_, Self>,
+        gradient: MixedGradient<'_, S>,
         out: ViewMut<'_, E>,
     ) -> Result<(), CudaError> {
         const OP: &str = "reduce";
-        gradient.check(OP, &plan)?;
-        let variant = VARIANT.format(trained_format::<E>(OP)?);
+        let format = trained_format::<E>(OP)?;
         let limit = out.len().checked_div(gradient.dim).unwrap_or(0);
         let to = Destination::new(out.pointer(), limit, false);
-        self.reduce_rows(OP, variant, PlanArg::new(OP, &plan)?, GradientArg::new(OP, &gradient)?, to)
+        self.reduce_rows(OP, format, PlanArg::new(OP, &plan)?, Gradient::new(OP, &gradient, &plan)?, to)
     }
 
     /// The sums over the entries of every row.
@@ -186,34 +152,37 @@ impl Cuda {
         &self,
         op: &'static str,
         plan: PlanArg,
-        gradient: GradientArg,
+        gradient: Gradient,
         to: Destination,
     ) -> Result<(), CudaError> {
-        self.reduce_rows(op, VARIANT, plan, gradient, to)
+        self.reduce_rows(op, VARIANT.format, plan, gradient, to)
     }
 
+    /// The same, to rows of a `format`.
     fn reduce_rows(
         &self,
         op: &'static str,
-        variant: Variant,
+        format: u32,
         plan: PlanArg,
-        gradient: GradientArg,
+        gradient: Gradient,
         to: Destination,
     ) -> Result<(), CudaError> {
-        let (entries, dim) = (plan.entries_len as usize, gradient.dim as usize);
+        let (entries, dim) = (plan.entries_len as usize, gradient.dim());
+        let variant = VARIANT.format(format).source(gradient.format);
         if entries == 0 || dim == 0 {
             return Ok(());
         }
         let lists = self.lists()?;
         let wide = gradient.is_wide() && aligned(to.pointer, dim);
         let args = || {
-            let args = Args::new().value(plan).value(gradient).value(lists).value(to);
+            let args = Args::new().value(plan).value(gradient.arg).value(lists).value(to);
             args.value(self.flag.view().pointer()).value(number_of(op))
         };
         let kernel = self.kernels.get(variant, if wide { "reduce_short_4" } else { "reduce_short_1" })?;
-        let slice = slice(gradient.sources_len(), dim, variant.code_bytes(), self.properties.cache);
+        let sources = gradient.len() * gradient.code_bytes();
+        let slice = slice(sources, dim, variant.code_bytes(), self.properties.cache);
         let shape = Shape::new(self.row_blocks(entries, 32), 32).by(dim.div_ceil(slice));
-        let mut sliced = Args::new().value(plan).value(gradient).value(lists).value(to);
+        let mut sliced = Args::new().value(plan).value(gradient.arg).value(lists).value(to);
         sliced = sliced.value(size(op, "width of the gradient", slice)?);
         sliced = sliced.value(self.flag.view().pointer()).value(number_of(op));
         self.stream.launch(&kernel, shape, &mut sliced)?;
@@ -230,7 +199,7 @@ impl Cuda {
                 gradient,
                 lists,
                 to,
-                LongRows { variant, first: 0, count: entries / CHUNK, slots: false },
+                LongRows { format, first: 0, count: entries / CHUNK, slots: false },
             )?;
         }
         Ok(())
@@ -241,17 +210,18 @@ impl Cuda {
         &self,
         op: &'static str,
         plan: PlanArg,
-        gradient: GradientArg,
+        gradient: Gradient,
         lists: Lists,
         to: Destination,
         rows: LongRows,
     ) -> Result<(), CudaError> {
-        let dim = gradient.dim as usize;
+        let dim = gradient.dim();
         let wide = gradient.is_wide() && aligned(to.pointer, dim);
-        let kernel = self.kernels.get(rows.variant, if wide { "reduce_long_4" } else { "reduce_long_1" })?;
+        let variant = VARIANT.format(rows.format).source(gradient.format);
+        let kernel = self.kernels.get(variant, if wide { "reduce_long_4" } else { "reduce_long_1" })?;
         let mut args = Args::new()
             .value(plan)
-            .value(gradient)
+            .value(gradient.arg)
             .value(lists)
             .value(to)
             .value(size(op, "entries", rows.first)?)
@@ -271,8 +241,8 @@ impl Cuda {
 /// Rows of more than [`CHUNK`] entries, by their places on the list.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LongRows {
-    /// What the sums are written as.
-    pub(crate) variant: Variant,
+    /// The number of the format that the sums are written in.
+    pub(crate) format: u32,
     pub(crate) first: usize,
     pub(crate) count: usize,
     /// Whether gradients go to the places counted from `first`.
@@ -382,7 +352,7 @@ impl RowReduce for Cuda {
         gradient: RowGradient<'_, Self>,
         out: ViewMut<'_, f32>,
     ) -> Result<(), CudaError> {
-        self.reduce_as(plan, gradient, out)
+        self.reduce_as(plan, MixedGradient::from(gradient), out)
     }
 
     fn square_sum_scratch(&self, _entries: usize) -> ScratchReq {
@@ -426,11 +396,12 @@ mod tests {
 
     #[test]
     fn slices_fit_into_the_cache() {
-        assert_eq!(slice(4096, 4096, 4, 50 << 20), 256);
-        assert_eq!(slice(4096, 4096, 2, 50 << 20), 512);
-        assert_eq!(slice(4096, 256, 4, 50 << 20), 256);
-        assert_eq!(slice(1 << 20, 1000, 4, 50 << 20), 128);
-        assert_eq!(slice(1, 17, 4, 0), 17);
+        assert_eq!(slice(4 * 4096, 4096, 4, 50 << 20), 256);
+        assert_eq!(slice(4 * 4096, 4096, 2, 50 << 20), 512);
+        assert_eq!(slice(2 * 4096, 4096, 2, 50 << 20), 1024);
+        assert_eq!(slice(4 * 4096, 256, 4, 50 << 20), 256);
+        assert_eq!(slice(4 << 20, 1000, 4, 50 << 20), 128);
+        assert_eq!(slice(4, 17, 4, 0), 17);
         assert_eq!(slice(0, 1 << 16, 4, 50 << 20), 1 << 16);
     }
 

@@ -2,12 +2,13 @@
 
 use memlayer_core::element::Format;
 use memlayer_core::ops::bag::BagSum;
-use memlayer_core::ops::plan::{PlanBuffers, RowGradient};
+use memlayer_core::ops::plan::PlanBuffers;
 use memlayer_core::ops::select::{Select, SelectBackward, SelectDims};
 use memlayer_core::ops::{RowReduce, SelectRows};
 use memlayer_core::{Element, Scratch, ScratchReq};
 
-use super::plan::{Destination, GradientArg, PlanArg};
+use super::gradient::{Gradient, MixedGradient};
+use super::plan::{Destination, PlanArg};
 use super::tiles;
 use super::{number_of, size};
 use crate::error::CudaError;
@@ -226,9 +227,9 @@ impl<E: Element> SelectRows<Rows<'_, E>> for Cuda {
         // The keys are a table like any other: their gradient is a sum over the entries of each row.
         let (mut buffers, ids) = PlanBuffers::<Self>::carve(scratch.ids, entries)?;
         self.plan(key_ids.read(), dims.key_rows(), buffers.reborrow(), Scratch { reals: scratch.reals, ids })?;
-        let gradient = RowGradient { bag: k, dim: dims.half_dim, weights: weights.read(), sources: args.queries };
-        let to = Destination::new(dkeys.pointer(), dims.key_rows(), true);
-        self.reduce_to(OP, PlanArg::new(OP, &buffers.plan())?, GradientArg::new(OP, &gradient)?, to)
+        let gradient = MixedGradient { bag: k, dim: dims.half_dim, weights: weights.read(), sources: args.queries };
+        let (to, plan) = (Destination::new(dkeys.pointer(), dims.key_rows(), true), buffers.plan());
+        self.reduce_to(OP, PlanArg::new(OP, &plan)?, Gradient::new(OP, &gradient, &plan)?, to)
     }
 }
 
@@ -295,11 +296,8 @@ impl Cuda {
         if self.scores == Scores::Exact {
             return Ok(OperandsOf { operands: Operands::F32, keys, queries: queries.pointer() });
         }
-        let kernel = self.kernels.get(Variant::of(File::Select), "to_bf16")?;
-        for (from, len, to) in [(keys, len, rounded), (queries.pointer(), queries.len(), query_room.pointer())] {
-            let mut launch = Args::new().value(from).value(len as u64).value(to);
-            self.stream.launch(&kernel, Shape::new(self.blocks_for(len, 256), 256), &mut launch)?;
-        }
+        self.round_to(keys, len, rounded)?;
+        self.round_to(queries.pointer(), queries.len(), query_room.pointer())?;
         Ok(OperandsOf { operands: Operands::Bf16, keys: rounded, queries: query_room.pointer() })
     }
 

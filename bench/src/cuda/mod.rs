@@ -89,8 +89,9 @@ impl Other {
     /// Whether it is what a case of ours would take its place: of the same operation and sizes. A format the peer has none of
     /// is compared with the nearest it has, which is named in `by`.
     fn is_of(&self, case: &Case) -> bool {
-        // The peers' gradients of rows are bf16; ours are f32 unless it says so.
-        let op = case.op.strip_suffix(" to bf16").unwrap_or(case.op);
+        // The peers' gradients, of sums and of rows, are bf16; ours are f32 unless it says so.
+        let op = case.op.strip_suffix(", dY bf16").unwrap_or(case.op);
+        let op = op.strip_suffix(" to bf16").unwrap_or(op);
         (&*self.op, &*self.format, &*self.ids) == (op, case.format, case.ids)
             && (self.tokens, self.width, self.slots) == (case.tokens, case.width, case.slots)
     }
@@ -101,7 +102,7 @@ impl Measured {
         let Case { op, format, ids, tokens, width, slots } = self.case;
         let of_copy = self.of_copy.map_or_else(String::new, |f| format!("{:6.1} % of a copy", 100.0 * f));
         let slots = slots.max(1).ilog2();
-        format!("{op:<18} {format:<7} {ids:<8} T {tokens:<6} V {width:<5} 2^{slots:<3} {:>9.4} ms {of_copy}", self.ms)
+        format!("{op:<33} {format:<7} {ids:<8} T {tokens:<6} V {width:<5} 2^{slots:<3} {:>9.4} ms {of_copy}", self.ms)
     }
 }
 
@@ -191,8 +192,8 @@ fn table(report: &Report) -> String {
         let _ = writeln!(text, "{}", row.line());
         for other in report.peers.iter().filter(|other| other.is_of(&row.case)) {
             let _ = match other.ms {
-                Some(ms) => writeln!(text, "    {:<40} {ms:>9.4} ms {:>7.2} times ours", other.by, ms / row.ms),
-                None => writeln!(text, "    {:<40} out of memory", other.by),
+                Some(ms) => writeln!(text, "    {:<55} {ms:>9.4} ms {:>7.2} times ours", other.by, ms / row.ms),
+                None => writeln!(text, "    {:<55} out of memory", other.by),
             };
         }
     }

@@ -2,10 +2,10 @@
 
 use memlayer_core::ops::bag::{BagDot, BagSum};
 use memlayer_core::ops::optim::{Rounding, RowUpdate, RowwiseAdagrad, Step};
-use memlayer_core::ops::plan::{PlanBuffers, RowGradient};
+use memlayer_core::ops::plan::PlanBuffers;
 use memlayer_core::ops::{EmbeddingBag, RowReduce};
 use memlayer_core::{Bf16, Scratch};
-use memlayer_cuda::{Cuda, CudaError, Rows, TrainRows};
+use memlayer_cuda::{Cuda, CudaError, MixedGradient, Rows, TrainRows};
 
 use super::device::{Bench, SETS};
 use super::{BAG, Case, TOKENS};
@@ -34,6 +34,9 @@ impl Bench<'_> {
         let (sets, weights, dout) = (sets?, self.reals(entries, 3)?, self.reals(TOKENS * width, 4)?);
         let mut out = cuda.zeros::<f32>(TOKENS * width)?;
         let mut dots = cuda.zeros::<f32>(entries)?;
+        // The gradient of the sums as the peers have it. Where something reads it in f32 too, what is timed rounds it anew.
+        let mut rounded = cuda.zeros::<Bf16>(TOKENS * width)?;
+        cuda.round(dout.view(), rounded.view_mut())?;
         let mut plan_ids = cuda.zeros::<u32>(PlanBuffers::<Cuda>::ids_len(entries))?;
         let mut plan_scratch = cuda.zeros::<u32>(cuda.plan_scratch(entries).ids)?;
         let (mut plan, _) = PlanBuffers::<Cuda>::carve(plan_ids.view_mut(), entries)?;
@@ -65,21 +68,42 @@ impl Bench<'_> {
                 cuda.plan(sets[$set].view(), slots, plan.reborrow(), scratch)?;
             }};
         }
+        macro_rules! round {
+            () => {
+                cuda.round(dout.view(), rounded.view_mut())?
+            };
+        }
+        macro_rules! gradient {
+            ($sources:expr) => {
+                MixedGradient { bag: BAG, dim: width, weights: weights.view(), sources: $sources.view() }
+            };
+        }
         macro_rules! change {
-            () => {{
+            ($sources:expr) => {{
                 let rows = TrainRows::new(codes.view_mut(), width, state.view_mut(), 1).expect("a state for each row");
-                let gradient = RowGradient { bag: BAG, dim: width, weights: weights.view(), sources: dout.view() };
                 let scratch = Scratch { reals: slots_scratch.view_mut(), ids: no_ids.view_mut() };
-                cuda.reduce_and_update(rows, &rule, &step, plan.plan(), gradient, scratch)?;
+                cuda.reduce_and_update_as(rows, &rule, &step, plan.plan(), gradient!($sources), scratch)?;
             }};
         }
         macro_rules! dot_and_change {
-            () => {{
+            ($sources:expr) => {{
                 let rows = TrainRows::new(codes.view_mut(), width, state.view_mut(), 1).expect("a state for each row");
-                let gradient = RowGradient { bag: BAG, dim: width, weights: weights.view(), sources: dout.view() };
                 let scratch = Scratch { reals: slots_scratch.view_mut(), ids: no_ids.view_mut() };
-                let dots = dots.view_mut();
-                cuda.dot_reduce_and_update(rows, &rule, &step, plan.plan(), gradient, dots, scratch)?;
+                let (gradient, dots) = (gradient!($sources), dots.view_mut());
+                cuda.dot_reduce_and_update_as(rows, &rule, &step, plan.plan(), gradient, dots, scratch)?;
+            }};
+        }
+        macro_rules! reduce {
+            ($sources:expr, $grads:expr) => {
+                cuda.reduce_as(plan.plan(), gradient!($sources), $grads.view_mut())?
+            };
+        }
+        // Sums, gradients of weights, the plan.
+        macro_rules! both_ways {
+            ($set:expr) => {{
+                sum!($set);
+                dot!($set);
+                plan!($set);
             }};
         }
         // The rows a step touches: how many there are decides what must be moved.
@@ -92,74 +116,77 @@ impl Bench<'_> {
         // Sources are read from the second-level cache; from memory once.
         let change = unique * (v * 4.0 + 16.0) + e * 8.0 + TOKENS as f64 * v * 4.0;
         let ids = if zipf { "zipf" } else { "uniform" };
-        let row = Case { op: "plan", format: "bf16", ids, tokens: TOKENS, width, slots };
+        let row = Case { op: "", format: "bf16", ids, tokens: TOKENS, width, slots };
+        // A source in bf16 is half as long; where it is made in the time that is taken, it is written too.
+        let (less, made) = (TOKENS as f64 * v * 2.0, TOKENS as f64 * v * 2.0);
+        macro_rules! case {
+            ($op:literal, $bytes:expr, $set:pat_param, $what:block) => {{
+                let ms = self.time(|$set| {
+                    $what
+                    Ok(())
+                })?;
+                self.report(Case { op: $op, ..row }, $bytes, ms);
+            }};
+        }
         if self.wants("step") || self.wants("sparse") {
-            let ms = self.time(|set| {
-                plan!(set);
-                Ok(())
-            })?;
-            self.report(row, e * 4.0 * 14.0, ms);
-            let ms = self.time(|_| {
-                change!();
-                Ok(())
-            })?;
-            self.report(Case { op: "reduce_and_update", ..row }, change, ms);
-            let ms = self.time(|_| {
-                dot_and_change!();
-                Ok(())
-            })?;
-            self.report(Case { op: "dot_reduce_and_update", ..row }, change + e * 4.0, ms);
+            case!("plan", e * 4.0 * 14.0, set, { plan!(set) });
+            case!("reduce_and_update", change, _, { change!(dout) });
+            case!("reduce_and_update, dY bf16", change - less, _, { change!(rounded) });
+            let change = change + e * 4.0;
+            case!("dot_reduce_and_update", change, _, { dot_and_change!(dout) });
+            case!("dot_reduce_and_update, dY bf16", change - less, _, { dot_and_change!(rounded) });
         }
         if self.wants("sparse") {
-            let mut grads = cuda.zeros::<f32>(entries * width)?;
             let bytes = unique * v * 4.0 + e * 8.0 + TOKENS as f64 * v * 4.0;
-            let ms = self.time(|_| {
-                let gradient = RowGradient { bag: BAG, dim: width, weights: weights.view(), sources: dout.view() };
-                cuda.reduce(plan.plan(), gradient, grads.view_mut())
-            })?;
-            self.report(Case { op: "reduce", ..row }, bytes, ms);
-            let ms = self.time(|set| {
-                sum!(set);
-                dot!(set);
-                plan!(set);
-                let gradient = RowGradient { bag: BAG, dim: width, weights: weights.view(), sources: dout.view() };
-                cuda.reduce(plan.plan(), gradient, grads.view_mut())
-            })?;
-            self.report(Case { op: "forward+backward", ..row }, sum + dot + bytes, ms);
+            let all = sum + dot + bytes;
+            let mut grads = cuda.zeros::<f32>(entries * width)?;
+            case!("reduce", bytes, _, { reduce!(dout, grads) });
+            case!("reduce, dY bf16", bytes - less, _, { reduce!(rounded, grads) });
+            case!("forward+backward", all, set, {
+                both_ways!(set);
+                reduce!(dout, grads);
+            });
+            case!("forward+backward, dY bf16", all + made, set, {
+                both_ways!(set);
+                round!();
+                reduce!(rounded, grads);
+            });
             // Gradients of rows in bf16, as the peers write theirs.
+            let (bytes, all) = (bytes - unique * v * 2.0, all - unique * v * 2.0);
             let mut grads = cuda.zeros::<Bf16>(entries * width)?;
-            let bytes = bytes - unique * v * 2.0;
-            let ms = self.time(|_| {
-                let gradient = RowGradient { bag: BAG, dim: width, weights: weights.view(), sources: dout.view() };
-                cuda.reduce_as(plan.plan(), gradient, grads.view_mut())
-            })?;
-            self.report(Case { op: "reduce to bf16", ..row }, bytes, ms);
-            let ms = self.time(|set| {
-                sum!(set);
-                dot!(set);
-                plan!(set);
-                let gradient = RowGradient { bag: BAG, dim: width, weights: weights.view(), sources: dout.view() };
-                cuda.reduce_as(plan.plan(), gradient, grads.view_mut())
-            })?;
-            self.report(Case { op: "forward+backward to bf16", ..row }, sum + dot + bytes, ms);
+            case!("reduce to bf16", bytes, _, { reduce!(dout, grads) });
+            case!("reduce to bf16, dY bf16", bytes - less, _, { reduce!(rounded, grads) });
+            case!("forward+backward to bf16", all, set, {
+                both_ways!(set);
+                reduce!(dout, grads);
+            });
+            case!("forward+backward to bf16, dY bf16", all + made, set, {
+                both_ways!(set);
+                round!();
+                reduce!(rounded, grads);
+            });
         }
         if self.wants("step") {
-            let ms = self.time(|set| {
+            case!("step", sum + change + e * 4.0, set, {
                 sum!(set);
                 plan!(set);
-                dot_and_change!();
-                Ok(())
-            })?;
-            self.report(Case { op: "step", ..row }, sum + change + e * 4.0, ms);
+                dot_and_change!(dout);
+            });
+            case!("step, dY bf16", sum + change + e * 4.0 - less, set, {
+                sum!(set);
+                plan!(set);
+                dot_and_change!(rounded);
+            });
             // The dots by themselves, as where a gradient is clipped before it is applied.
-            let ms = self.time(|set| {
-                sum!(set);
-                dot!(set);
-                plan!(set);
-                change!();
-                Ok(())
-            })?;
-            self.report(Case { op: "step in two passes", ..row }, sum + dot + change, ms);
+            case!("step in two passes", sum + dot + change, set, {
+                both_ways!(set);
+                change!(dout);
+            });
+            case!("step in two passes, dY bf16", sum + dot + change + made, set, {
+                both_ways!(set);
+                round!();
+                change!(rounded);
+            });
         }
         Ok(())
     }
