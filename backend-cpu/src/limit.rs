@@ -7,7 +7,6 @@ use memlayer_core::error::check_ids;
 
 use crate::Cpu;
 use crate::isa::{Level, Simd, dispatch};
-use crate::ops::piece;
 
 /// Bytes of a row that are read in one go.
 const BLOCK: usize = 512;
@@ -33,7 +32,7 @@ impl Cpu {
         }
         check_ids("read_rows", ids, table.len() / row_bytes)?;
         let sum = AtomicU64::new(0);
-        let piece = piece(ids.len(), ROW_COST).next_multiple_of(GROUP);
+        let piece = self.piece(ids.len(), ROW_COST).next_multiple_of(GROUP);
         self.pool.for_each(ids.len() * ROW_COST, (0..ids.len()).step_by(piece), |start| {
             let part = Part { table, ids, range: start..(start + piece).min(ids.len()), ahead };
             let part = dispatch!(self.token, s => match row_bytes {

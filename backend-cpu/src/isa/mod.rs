@@ -196,6 +196,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     ///
     /// # Panics
     /// If one of them has fewer places.
+    #[inline(always)]
     fn compress(self, bits: u32, v: Self::V, base: u32, scores: &mut [f32], ids: &mut [u32]) -> usize {
         assert!(scores.len() >= Self::LANES && ids.len() >= Self::LANES);
         let mut lanes = [0.0; 16];
@@ -215,6 +216,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     ///
     /// # Panics
     /// If there are fewer places.
+    #[inline(always)]
     fn compress_ids(self, bits: u32, base: u32, ids: &mut [u32]) -> usize {
         let (mut left, mut n) = (bits, 0);
         while left != 0 {

@@ -9,7 +9,6 @@ use memlayer_core::{ArgError, Element, RowStore};
 use crate::Cpu;
 use crate::isa::rows::{Columns, add_row, columns, dot_row};
 use crate::isa::{Level, Simd, dispatch};
-use crate::ops::piece;
 
 /// Bytes that are asked for before they are summed, as whole rows of a block; of the smallest rows half of that.
 const AHEAD: usize = 8192;
@@ -32,7 +31,7 @@ impl<T: RowStore + Sync> EmbeddingBag<T> for Cpu {
             return Ok(());
         }
         let cost = bag * row_cost(dim);
-        let piece = piece(tokens, cost);
+        let piece = self.piece(tokens, cost);
         let pieces = args.out.chunks_mut((piece * dim).max(1)).enumerate();
         self.pool.for_each(tokens * cost, pieces, |(i, out)| {
             let (ids, weights) = (&args.ids[i * piece * bag..], &args.weights[i * piece * bag..]);
@@ -55,7 +54,7 @@ impl<T: RowStore + Sync> EmbeddingBag<T> for Cpu {
             return Ok(());
         }
         let cost = bag * row_cost(dim);
-        let piece = piece(tokens, cost);
+        let piece = self.piece(tokens, cost);
         let pieces = args.out.chunks_mut(piece * bag).enumerate();
         self.pool.for_each(tokens * cost, pieces, |(i, out)| {
             let (ids, vectors) = (&args.ids[i * piece * bag..], &args.vectors[i * piece * dim..]);

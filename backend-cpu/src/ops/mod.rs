@@ -12,8 +12,13 @@ mod select_backward;
 mod topk;
 mod turned;
 
-/// Rows of a call that one piece of work takes, so that there are enough pieces and each is worth its start.
-pub(crate) fn piece(rows: usize, cost_of_row: usize) -> usize {
-    // Some 20 microseconds a piece.
-    (20_000 / cost_of_row.max(1)).clamp(1, rows.max(1))
+use crate::Cpu;
+
+impl Cpu {
+    /// Rows of a call that one piece of work takes: some 20 microseconds, or less, so that every thread has two pieces. No
+    /// result depends on it.
+    pub(crate) fn piece(&self, rows: usize, cost_of_row: usize) -> usize {
+        let share = rows.div_ceil(2 * self.threads());
+        (20_000 / cost_of_row.max(1)).clamp(1, share.max(1))
+    }
 }

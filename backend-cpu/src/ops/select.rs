@@ -12,8 +12,8 @@ use crate::isa::{Simd, dispatch};
 use crate::ops::bag::{Dot, row_cost};
 use crate::ops::choose::{Bag, Choice, Chooser, Half};
 use crate::ops::coarse::{self, Bounds, Buffer, Coarse};
+use crate::ops::select_backward;
 use crate::ops::turned::{self, Turned};
-use crate::ops::{piece, select_backward};
 
 /// With fewer tokens the keys are read where they are; with more they are first laid out for the product.
 const FEW: usize = 16;
@@ -316,7 +316,7 @@ impl Cpu {
         let (n, c) = (layout.dims.sub_keys, layout.dims.half_dim);
         let (per_half, words) = (layout.padded / int8::WIDTH, int8::words(c) * int8::WIDTH);
         let (panels, cost) = (scales.len() / int8::WIDTH, int8::WIDTH * c / 2);
-        let piece = piece(panels, cost);
+        let piece = self.piece(panels, cost);
         let pieces = codes.chunks_mut(piece * words).zip(scales.chunks_mut(piece * int8::WIDTH));
         let pieces = pieces.zip(bounds.chunks_mut(piece * Bounds::LEN)).enumerate();
         self.pool.for_each(panels * cost, pieces, |(p, ((codes, scales), bounds))| {
@@ -479,9 +479,4 @@ fn lay_out<S: Simd, K: RowStore>(s: S, keys: &K, first: usize, count: usize, dim
             }
         }
     }
-}
-
-/// Bags that one piece of work takes in the backward.
-pub(super) fn bags_of_piece(dims: &SelectDims) -> usize {
-    piece(dims.tokens, dims.heads * dims.parts * dims.top_k * row_cost(dims.half_dim))
 }

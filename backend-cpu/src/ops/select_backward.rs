@@ -9,7 +9,6 @@ use crate::Cpu;
 use crate::isa::rows::{Columns, add_row, columns, dot};
 use crate::isa::{Lanes, Simd, dispatch};
 use crate::ops::bag::row_cost;
-use crate::ops::select::bags_of_piece;
 
 /// The gradient of a half's keys wants a sum of up to [`CHUNK`] entries and their number for each row.
 pub(super) fn scratch(cpu: &Cpu, dims: SelectDims, dkeys: bool) -> ScratchReq {
@@ -31,7 +30,7 @@ pub(super) fn select_backward<K: RowStore + Sync>(
     workspace.check("select_backward", scratch(cpu, dims, args.dkeys.is_some()))?;
 
     let (k, row) = (dims.top_k, dims.heads * dims.top_k);
-    let tokens = bags_of_piece(&dims);
+    let tokens = cpu.piece(dims.tokens, dims.heads * dims.parts * k * row_cost(dims.half_dim));
     let bags = args.weights.chunks((tokens * row).max(1)).zip(args.dweights.chunks_mut((tokens * row).max(1)));
     cpu.pool.for_each(dims.bags_len() * 2, bags, |(weights, dweights)| {
         dispatch!(cpu.token, s => {
