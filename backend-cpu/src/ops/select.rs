@@ -21,6 +21,16 @@ const FEW: usize = 16;
 /// Sub-keys that one piece of work scores for few tokens.
 const KEYS: usize = 512;
 
+/// Scalars of a cache line: scores that begin with one are read in vectors that each lie in one. 256 tokens and 1024 sub-keys
+/// of int8 are 4 % faster for it on an AMD EPYC, 16 tokens 6 %.
+const LINE: usize = 16;
+
+/// Scratch from where a cache line begins on.
+fn from_line(scratch: Scratch<'_, Cpu>) -> Scratch<'_, Cpu> {
+    let (reals, ids) = (scratch.reals.as_ptr().align_offset(64), scratch.ids.as_ptr().align_offset(64));
+    scratch.take_reals(reals.min(LINE)).1.take_ids(ids.min(LINE)).1
+}
+
 /// How the sub-keys are scored.
 #[derive(Clone, Copy)]
 enum Way {
@@ -90,7 +100,13 @@ impl Layout {
                 (share.min(256), shared, worker.and(choosing))
             }
         };
-        Self { dims, choice, way, padded, tile, shared, worker }
+        let lines = |req: ScratchReq| ScratchReq::new(req.reals.next_multiple_of(LINE), req.ids.next_multiple_of(LINE));
+        Self { dims, choice, way, padded, tile, shared: lines(shared), worker: lines(worker) }
+    }
+
+    /// What a call needs, wherever its scratch begins.
+    fn scratch(&self, threads: usize) -> ScratchReq {
+        self.worker.times(threads).and(self.shared).and(ScratchReq::new(LINE, LINE))
     }
 
     /// What each worker has: the scores of a tile or the integers of queries, and the rest for choosing.
@@ -110,8 +126,7 @@ impl Layout {
 
 impl<K: RowStore + Sync> SelectRows<K> for Cpu {
     fn select_scratch(&self, dims: SelectDims) -> ScratchReq {
-        let layout = Layout::new(dims, K::Elem::FORMAT, self);
-        layout.worker.times(self.threads()).and(layout.shared)
+        Layout::new(dims, K::Elem::FORMAT, self).scratch(self.threads())
     }
 
     fn select(&self, args: Select<'_, Self, K>, scratch: Scratch<'_, Self>) -> Result<(), ArgError> {
@@ -119,6 +134,7 @@ impl<K: RowStore + Sync> SelectRows<K> for Cpu {
         let dims = args.dims;
         scratch.check("select", SelectRows::<K>::select_scratch(self, dims))?;
         let layout = Layout::new(dims, K::Elem::FORMAT, self);
+        let scratch = from_line(scratch);
         let (shared, scratch) = scratch.take_reals(layout.shared.reals);
         let (shared_ids, scratch) = scratch.take_ids(layout.shared.ids);
         match layout.way {
