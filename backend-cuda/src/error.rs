@@ -30,6 +30,13 @@ pub enum CudaError {
         /// What it does not take.
         what: &'static str,
     },
+    /// A plan has more rows than a [`crate::CachedTable`] has room for on the device; none of them was loaded.
+    Room {
+        /// Rows of the plan.
+        rows: usize,
+        /// Rows that there is room for.
+        capacity: usize,
+    },
     /// A call of the CUDA driver failed.
     Driver {
         /// The call.
@@ -63,6 +70,9 @@ impl fmt::Display for CudaError {
                 write!(f, "the device has compute capability {major}.{minor}; 8.0 is needed")
             }
             Self::Unsupported { op, what } => write!(f, "{op}: {what} is not supported on CUDA devices"),
+            Self::Room { rows, capacity } => {
+                write!(f, "{rows} rows at once do not fit into a cache of {capacity} rows")
+            }
             Self::Driver { call, error } | Self::Blas { call, error } => write!(f, "{call}: {error}"),
             Self::Compile { file, log } => write!(f, "kernels/{file} could not be compiled: {log}"),
         }

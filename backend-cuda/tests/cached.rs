@@ -120,6 +120,25 @@ fn every_bit_is_that_of_a_table_on_the_device() {
 }
 
 #[test]
+fn room_is_checked_before_a_load() {
+    let Some(cuda) = cuda() else { return skipped("cuda") };
+    let table = cuda.cached_table::<f32>(100, 4, 0, 8).expect("a table");
+    let check = |ids: Vec<u32>| {
+        let mut buffer = cuda.zeros::<u32>(PlanBuffers::<Cuda>::ids_len(ids.len())).expect("a plan");
+        let (mut plan, _) = PlanBuffers::<Cuda>::carve(buffer.view_mut(), ids.len()).expect("a plan");
+        let mut scratch = Memory::new(&cuda, cuda.plan_scratch(ids.len()));
+        let ids = cuda.upload(&ids).expect("ids");
+        cuda.plan(ids.view(), 100, plan.reborrow(), scratch.lend()).expect("a plan");
+        table.check_room(&cuda, &plan.plan())
+    };
+    assert_eq!(check((0..8).collect()), Ok(()));
+    assert_eq!(check((0..20).map(|i| i % 8).collect()), Ok(()), "few rows of many entries");
+    let error = check((0..20).map(|i| i % 9).collect()).expect_err("nine rows");
+    assert_eq!(error, CudaError::Room { rows: 9, capacity: 8 });
+    assert_eq!(error.to_string(), "9 rows at once do not fit into a cache of 8 rows");
+}
+
+#[test]
 fn what_does_not_fit_is_reported() {
     let Some(cuda) = cuda() else { return skipped("cuda") };
     assert!(cuda.cached_table::<f32>(0, 4, 0, 4).is_err() && cuda.cached_table::<f32>(4, 4, 0, 0).is_err());

@@ -70,16 +70,40 @@ pub enum Error {
     /// PEER's two tables are on different devices.
     #[error("the pools of a PEER layer are on different devices")]
     Places,
+    /// A call of a layer, or a step, touches more rows than a pool's cache holds; nothing changed.
+    #[error("cache_rows {cache_rows} is less than the {rows} rows that one call or step touches")]
+    CacheRows {
+        /// Rows that the cache holds.
+        cache_rows: usize,
+        /// Rows touched.
+        rows: usize,
+    },
+    /// The pool of a CPU has no cache.
+    #[error("cache_rows {cache_rows} on a CPU: only a GPU caches rows of a pool that is in the host's memory")]
+    NoCache {
+        /// Rows that it was to hold.
+        cache_rows: usize,
+    },
     /// The CPU backend cannot be made.
     #[error(transparent)]
     Cpu(#[from] memlayer_cpu::CpuError),
     /// The GPU's.
     #[cfg(feature = "cuda")]
     #[error(transparent)]
-    Cuda(#[from] memlayer_cuda::CudaError),
+    Cuda(memlayer_cuda::CudaError),
     /// candle's own.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+}
+
+#[cfg(feature = "cuda")]
+impl From<memlayer_cuda::CudaError> for Error {
+    fn from(error: memlayer_cuda::CudaError) -> Self {
+        match error {
+            memlayer_cuda::CudaError::Room { rows, capacity: cache_rows } => Self::CacheRows { cache_rows, rows },
+            error => Self::Cuda(error),
+        }
+    }
 }
 
 impl From<Error> for candle_core::Error {

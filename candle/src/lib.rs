@@ -38,6 +38,8 @@
 //! take tensors of that device. Rows, kernels and candle's own work share one stream; tensors are read and written where they
 //! are. candle needs nvcc to be built so; on a machine without it `eval "$(candle/toolkit)"` fetches what is missing, and the
 //! program then runs wherever CUDA 13 is installed.
+//!
+//! A pool larger than the GPU is made by [`ValuePool::cached`]: its rows are in the host's memory, those in use on the device.
 
 #[cfg(feature = "cuda")]
 pub mod adamw;

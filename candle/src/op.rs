@@ -120,13 +120,13 @@ impl<B: Backend> LayerOp<B> {
         let tokens = shared.tokens(B::len(x))?;
         let table = shared.values.table();
         let experts_table = shared.experts.as_ref().map(|pool| pool.table());
-        let values = table.view(config.value_dim());
-        let experts = experts_table.as_ref().map(|t| t.view(config.input_dim()));
+        let values = table.values();
+        let experts = experts_table.as_ref().map(|table| table.values());
         let params = params::trained::<B, _>(config, B::shorten(flat), &values, experts.as_ref());
         let mut kept = shared.activations(tokens, table.steps)?;
         let mut act = Activations::new(config, tokens, kept.lend())?;
         let mut scratch = lock(&shared.scratch);
-        let req = layer::forward_scratch::<B::Rows<'_>, B::Rows<'_>, B>(backend, config, tokens);
+        let req = layer::forward_scratch::<B::Values<'_>, B::Rows<'_>, B>(backend, config, tokens);
         let scratch = scratch.lend(backend, req)?;
         layer::forward(backend, config, &params, x, &mut act, out, scratch).map_err(Into::into)?;
         drop(act);
@@ -151,8 +151,8 @@ impl<B: Backend> LayerOp<B> {
             return Err(Error::Stale);
         }
         let experts_table = shared.experts.as_ref().map(|pool| pool.table());
-        let values = table.view(config.value_dim());
-        let experts = experts_table.as_ref().map(|t| t.view(config.input_dim()));
+        let values = table.values();
+        let experts = experts_table.as_ref().map(|table| table.values());
         let params = params::trained::<B, _>(config, B::shorten(flat), &values, experts.as_ref());
 
         let mut act = Activations::new(config, tokens, kept.lend())?;
@@ -163,7 +163,7 @@ impl<B: Backend> LayerOp<B> {
         grads.dots = experts.is_some().then(|| B::view_mut(&mut dots));
         params::grads(config, B::reborrow(&mut out.flat), &mut grads);
         let mut scratch = lock(&shared.scratch);
-        let req = layer::backward_scratch::<B::Rows<'_>, B::Rows<'_>, B>(backend, config, tokens);
+        let req = layer::backward_scratch::<B::Values<'_>, B::Rows<'_>, B>(backend, config, tokens);
         let scratch = scratch.lend(backend, req)?;
         layer::backward(backend, config, &params, x, &mut act, dout, grads, scratch).map_err(Into::into)?;
 

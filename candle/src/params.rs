@@ -99,7 +99,7 @@ pub(crate) fn trained<'a, B: Backend, V: Table>(
     flat: B::View<'a, f32>,
     values: &'a V,
     experts: Option<&'a V>,
-) -> Params<'a, B, V, V> {
+) -> Params<'a, B, V, B::Rows<'a>> {
     let mut at = 0;
     let c = cut(config, |len| {
         at += len;

@@ -10,24 +10,8 @@ use candle_nn::VarBuilder;
 use memlayer_candle::{Compute, Config, LayerInit, MemoryLayer, RowwiseAdagrad, Rule, ValuePool};
 use memlayer_core::config::Kind;
 
-fn numbers(len: usize, seed: u64) -> Vec<f32> {
-    let mut random = memlayer_core::Random::new(seed);
-    #[allow(clippy::cast_possible_truncation, reason = "a test's numbers")]
-    (0..len).map(|_| (2.0 * random.uniform() - 1.0) as f32).collect()
-}
-
-/// Device 0, if there is one.
-fn gpu() -> Option<Device> {
-    match Device::new_cuda_with_stream(0) {
-        Ok(device) => Some(device),
-        Err(error) => {
-            let required = std::env::var("MEMLAYER_REQUIRE_CUDA").is_ok_and(|v| v == "1");
-            assert!(!required, "a CUDA device is required here: {error}");
-            eprintln!("skipped: {error}");
-            None
-        }
-    }
-}
+mod common;
+use common::{gpu, named_numbers, numbers};
 
 fn variants() -> Vec<Config> {
     let base = Config::builder(6).heads(2).sub_keys(5).half_dim(3).top_k(2);
@@ -64,15 +48,7 @@ impl Trained {
             Kind::Memory => MemoryLayer::new(config, values, &init, &vb),
             Kind::Peer => MemoryLayer::peer(config, pool(config.input_dim(), 9), values, &init, &vb),
         };
-        let mut variables: Vec<(String, Var)> =
-            shapes.data().lock().expect("variables").iter().map(|(n, v)| (n.clone(), v.clone())).collect();
-        variables.sort_by(|a, b| a.0.cmp(&b.0));
-        for (name, var) in &variables {
-            let seed = name.bytes().map(u64::from).sum();
-            let shift = if name.ends_with("norm.weight") { 1.3 } else { 0.0 };
-            let values: Vec<f32> = numbers(var.elem_count(), seed).iter().map(|v| v + shift).collect();
-            var.set(&Tensor::from_vec(values, var.shape(), device).expect("a tensor")).expect("a variable");
-        }
+        let variables = named_numbers(&shapes);
         Self { device: device.clone(), layer: layer.expect("a layer"), variables, rate: 0.05 }
     }
 

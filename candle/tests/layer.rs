@@ -184,4 +184,10 @@ fn misuse_is_an_error() {
     let mut rows = vec![0.0; config.slots() * 6];
     rows[8] = f32::NAN;
     assert!(matches!(values.restore(&rows, &[], 0), Err(Error::NotFinite { row: 1, .. })));
+    let cached = |cache_rows| {
+        let cpu = Arc::new(Cpu::new().expect("a backend"));
+        ValuePool::cached(cpu, config.slots(), 6, Rule::Sgd, 0.5, 1, cache_rows).expect_err("a cache").to_string()
+    };
+    assert!(cached(10).starts_with("cache_rows 10 on a CPU"));
+    assert!(cached(0).contains("cache_rows"));
 }

@@ -61,6 +61,7 @@ fn what_makes_no_sense_is_refused() {
     refused(&with(&["--dim", "0"]), "dim 0");
     refused(&with(&["--heads", "5"]), "heads 5");
     refused(&with(&["--steps", "0"]), "0 steps");
+    refused(&with(&["--cache-rows", "10"]), "cache_rows 10 on a CPU");
     refused(&with(&["--facts", "0"]), "0 facts");
     refused(&with(&["--vocab", "3"]), "vocab 3");
     refused(&with(&["--lr", "-1"]), "-1");

@@ -180,11 +180,28 @@ impl<E: Element> CachedTable<E> {
         )
     }
 
+    /// Fails if a plan has more rows than there is room for, before anything is loaded. Only where it has more entries than
+    /// that is its number of rows asked for, and the device waited for.
+    ///
+    /// # Errors
+    /// [`CudaError::Room`], or the driver's.
+    pub fn check_room(&self, cuda: &Cuda, plan: &RowPlan<'_, Cuda>) -> Result<(), CudaError> {
+        let capacity = self.sizes.capacity;
+        if plan.entries.len() <= capacity {
+            return Ok(());
+        }
+        let mut unique = [0];
+        cuda.read(plan.unique, &mut unique)?;
+        let rows = unique[0] as usize;
+        if rows > capacity { Err(CudaError::Room { rows, capacity }) } else { Ok(()) }
+    }
+
     /// Brings the rows of a plan to the device, those that are not there yet; rows of an earlier call give way.
     ///
     /// # Errors
     /// The driver's. Found by the device and reported by [`Device::synchronize`]: a row that the table does
-    /// not have, and more rows than places, as `row U of C rows` of the operation `load`.
+    /// not have, and more rows than places, as `row U of C rows` of the operation `load`. Who wants to know the latter
+    /// before asks [`CachedTable::check_room`].
     pub fn load(&mut self, cuda: &Cuda, plan: &RowPlan<'_, Cuda>) -> Result<(), CudaError> {
         const OP: &str = "load";
         cuda.same_stream(OP, &self.stream)?;

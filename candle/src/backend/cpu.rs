@@ -2,16 +2,17 @@
 
 use std::borrow::Cow;
 
-use memlayer_core::error::check_len;
-use memlayer_core::{Item, TrainRows};
+use memlayer_core::ops::plan::PlanBuffers;
+use memlayer_core::{DenseRows, Item, TrainRows};
 use memlayer_cpu::{Cpu, TableMemory};
 
-use super::Backend;
+use super::{Backend, Part, Sizes, TOO_LARGE, Whole};
 use crate::error::Error;
 
 impl Backend for Cpu {
     type Buffer<T: Item> = Vec<T>;
-    type Large = TableMemory<f32>;
+    type Store = Whole<TableMemory<f32>>;
+    type Values<'a> = DenseRows<'a, f32>;
     type Train<'a> = TrainRows<'a, f32, f32>;
 
     fn buffer<T: Item>(&self, len: usize) -> Result<Vec<T>, Error> {
@@ -23,27 +24,27 @@ impl Backend for Cpu {
     fn view_mut<T: Item>(buffer: &mut Vec<T>) -> &mut [T] {
         buffer
     }
-    fn large(&self, len: usize) -> Result<Self::Large, Error> {
-        TableMemory::zeroed(len).map_err(|source| Error::Memory { values: len, source })
+    fn store(&self, sizes: Sizes, cache_rows: Option<usize>) -> Result<Self::Store, Error> {
+        match cache_rows {
+            Some(cache_rows) => Err(Error::NoCache { cache_rows }),
+            None => Whole::new(sizes, |values| {
+                TableMemory::zeroed(values).map_err(|source| Error::Memory { values, source })
+            }),
+        }
     }
-    fn large_view(memory: &Self::Large) -> &[f32] {
-        memory
+    fn values(store: &Self::Store) -> Self::Values<'_> {
+        DenseRows::new(&store.rows, store.sizes.dim)
     }
-    fn large_view_mut(memory: &mut Self::Large) -> &mut [f32] {
-        memory
+    fn train<'a>(&self, store: &'a mut Self::Store, _: &mut PlanBuffers<'_, Self>) -> Result<Self::Train<'a>, Error> {
+        let Sizes { dim, state_len, .. } = store.sizes;
+        Ok(TrainRows::new(&mut store.rows, dim, &mut store.state, state_len).ok_or(TOO_LARGE)?)
     }
-    fn train<'a>(
-        rows: Self::ViewMut<'a, f32>,
-        dim: usize,
-        state: Self::ViewMut<'a, f32>,
-        state_len: usize,
-    ) -> Option<Self::Train<'a>> {
-        TrainRows::new(rows, dim, state, state_len)
-    }
-    fn write(&self, from: &[f32], to: &mut [f32]) -> Result<(), Error> {
-        check_len("write", "to", from.len(), to.len())?;
-        to.copy_from_slice(from);
+    fn overwrite(&self, store: &mut Self::Store, part: Part, at: usize, values: &[f32]) -> Result<(), Error> {
+        store.part_mut(part)[at..][..values.len()].copy_from_slice(values);
         Ok(())
+    }
+    fn look<R>(&self, store: &Self::Store, look: impl FnOnce(&[f32], &[f32]) -> R) -> Result<R, Error> {
+        Ok(look(&store.rows, &store.state))
     }
     fn host<'a, T: Item>(&self, view: Self::View<'a, T>) -> Result<Cow<'a, [T]>, Error> {
         Ok(Cow::Borrowed(view))

@@ -1,5 +1,7 @@
 //! What computes for a layer and where its memory is: the CPU, or an NVIDIA GPU.
 
+#[cfg(feature = "cuda")]
+mod cached;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -7,8 +9,9 @@ mod cuda;
 use std::borrow::Cow;
 
 use memlayer_core::ops::optim::{Adagrad, Adam, RowUpdate, RowwiseAdagrad, RowwiseAdam, Sgd};
+use memlayer_core::ops::plan::PlanBuffers;
 use memlayer_core::ops::{Dense, EmbeddingBag, RowReduce, SelectRows};
-use memlayer_core::{Device, Item, Scratch, ScratchReq, Table};
+use memlayer_core::{ConfigError, Device, Item, Scratch, ScratchReq, Table};
 
 use crate::error::Error;
 
@@ -21,7 +24,7 @@ pub(crate) trait Backend:
     + Dense
     + RowReduce
     + for<'x> SelectRows<<Self as Device>::Rows<'x>>
-    + for<'x> EmbeddingBag<<Self as Device>::Rows<'x>>
+    + for<'x> EmbeddingBag<<Self as Backend>::Values<'x>>
     + for<'x> RowUpdate<<Self as Backend>::Train<'x>, Sgd>
     + for<'x> RowUpdate<<Self as Backend>::Train<'x>, Adagrad>
     + for<'x> RowUpdate<<Self as Backend>::Train<'x>, RowwiseAdagrad>
@@ -33,8 +36,10 @@ pub(crate) trait Backend:
 {
     /// Owned memory.
     type Buffer<T: Item>: Send + Sync;
-    /// Owned memory for rows and their state, which are read far apart.
-    type Large: Send + Sync;
+    /// Rows and their state, wherever they are kept.
+    type Store: Send + Sync;
+    /// The rows of a store as layers read them, by their ids.
+    type Values<'a>: Table<Elem = f32>;
     /// Rows in training.
     type Train<'a>: Table<Elem = f32>;
 
@@ -44,23 +49,64 @@ pub(crate) trait Backend:
     fn view<T: Item>(buffer: &Self::Buffer<T>) -> Self::View<'_, T>;
     /// All of a buffer.
     fn view_mut<T: Item>(buffer: &mut Self::Buffer<T>) -> Self::ViewMut<'_, T>;
-    /// `len` values of zero.
-    fn large(&self, len: usize) -> Result<Self::Large, Error>;
-    /// All of it.
-    fn large_view(memory: &Self::Large) -> Self::View<'_, f32>;
-    /// All of it.
-    fn large_view_mut(memory: &mut Self::Large) -> Self::ViewMut<'_, f32>;
-    /// Rows of `dim` values with `state_len` scalars of state each; `None` if they are not as many.
-    fn train<'a>(
-        rows: Self::ViewMut<'a, f32>,
-        dim: usize,
-        state: Self::ViewMut<'a, f32>,
-        state_len: usize,
-    ) -> Option<Self::Train<'a>>;
-    /// Overwrites `to` with as many values of the host.
-    fn write(&self, from: &[f32], to: Self::ViewMut<'_, f32>) -> Result<(), Error>;
+    /// A table of zeros. With `cache_rows` it is kept on the host, and so many of its rows on the device.
+    fn store(&self, sizes: Sizes, cache_rows: Option<usize>) -> Result<Self::Store, Error>;
+    /// The rows, to be read.
+    fn values(store: &Self::Store) -> Self::Values<'_>;
+    /// The rows of a plan, to be changed. From then on the plan says where in what is lent they are.
+    fn train<'a>(&self, store: &'a mut Self::Store, plan: &mut PlanBuffers<'_, Self>)
+    -> Result<Self::Train<'a>, Error>;
+    /// Overwrites the values of a part from `at` on, which it has.
+    fn overwrite(&self, store: &mut Self::Store, part: Part, at: usize, values: &[f32]) -> Result<(), Error>;
+    /// Looks at rows and state: where they are, if that is on the host.
+    fn look<R>(&self, store: &Self::Store, look: impl FnOnce(&[f32], &[f32]) -> R) -> Result<R, Error>;
     /// The items of a view on the host: where they are, if they are there already.
     fn host<'a, T: Item>(&self, view: Self::View<'a, T>) -> Result<Cow<'a, [T]>, Error>;
+}
+
+/// How large a table is. Neither its rows nor its state have more values than can be addressed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sizes {
+    /// Rows.
+    pub(crate) rows: usize,
+    /// Values in a row.
+    pub(crate) dim: usize,
+    /// Scalars of state for a row.
+    pub(crate) state_len: usize,
+}
+
+/// What is wrong with a table that cannot be addressed.
+pub(crate) const TOO_LARGE: ConfigError = ConfigError::TooLarge { buffer: "the value table" };
+
+/// A part of a store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// `[rows, dim]`.
+    Rows,
+    /// `[rows, state_len]`.
+    State,
+}
+
+/// A store whose parts are each in one piece of a device's memory.
+pub(crate) struct Whole<M> {
+    sizes: Sizes,
+    rows: M,
+    state: M,
+}
+
+impl<M> Whole<M> {
+    /// A store in what `zeros` makes of lengths.
+    fn new<E>(sizes: Sizes, mut zeros: impl FnMut(usize) -> Result<M, E>) -> Result<Self, E> {
+        let (rows, state) = (zeros(sizes.rows * sizes.dim)?, zeros(sizes.rows * sizes.state_len)?);
+        Ok(Self { sizes, rows, state })
+    }
+
+    fn part_mut(&mut self, part: Part) -> &mut M {
+        match part {
+            Part::Rows => &mut self.rows,
+            Part::State => &mut self.state,
+        }
+    }
 }
 
 /// Items in a buffer.

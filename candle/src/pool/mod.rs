@@ -112,10 +112,44 @@ impl ValuePool {
         std: f32,
         seed: u64,
     ) -> Result<Self, Error> {
-        let place = match compute.into() {
-            Compute::Cpu(cpu) => Place::Cpu(Arc::new(Pool::new(cpu, rows, dim, rule, std, seed)?)),
+        Self::build(compute.into(), rows, dim, rule, std, seed, None)
+    }
+
+    /// [`ValuePool::new`] for a table larger than its GPU: rows and state are in pinned memory of the host, and
+    /// `cache_rows` rows with their state on the device. Every result has the bits of a pool on the device.
+    ///
+    /// A layer's forward and backward load the rows they read that are not there, a step those it changes; rows whose last use
+    /// is longest ago give way. So `cache_rows` must be at least as many as a step touches, of all layers that share the pool:
+    /// else that is [`Error::CacheRows`] and nothing changes. On the device each row of the pool takes four bytes, too.
+    ///
+    /// # Errors
+    /// As [`ValuePool::new`], [`Error::Config`] if `cache_rows` is zero, too; [`Error::NoCache`] on a CPU, where all rows
+    /// are in the host's memory.
+    pub fn cached(
+        compute: impl Into<Compute>,
+        rows: usize,
+        dim: usize,
+        rule: Rule,
+        std: f32,
+        seed: u64,
+        cache_rows: usize,
+    ) -> Result<Self, Error> {
+        Self::build(compute.into(), rows, dim, rule, std, seed, Some(cache_rows))
+    }
+
+    fn build(
+        compute: Compute,
+        rows: usize,
+        dim: usize,
+        rule: Rule,
+        std: f32,
+        seed: u64,
+        cache_rows: Option<usize>,
+    ) -> Result<Self, Error> {
+        let place = match compute {
+            Compute::Cpu(cpu) => Place::Cpu(Arc::new(Pool::new(cpu, rows, dim, rule, std, seed, cache_rows)?)),
             #[cfg(feature = "cuda")]
-            Compute::Cuda(cuda) => Place::Cuda(Arc::new(Pool::new(cuda, rows, dim, rule, std, seed)?)),
+            Compute::Cuda(cuda) => Place::Cuda(Arc::new(Pool::new(cuda, rows, dim, rule, std, seed, cache_rows)?)),
         };
         Ok(Self(place))
     }
@@ -150,8 +184,8 @@ impl ValuePool {
         with_pool!(self, |pool| pool.table().steps)
     }
 
-    /// Looks at the rows (`[rows, dim]`) and their state (`[rows, state_len]`): where they are on a CPU, a copy of all of
-    /// them from a GPU.
+    /// Looks at the rows (`[rows, dim]`) and their state (`[rows, state_len]`): where they are on the host, a copy of all of
+    /// them from a GPU. The cache of a pool that has one is empty afterwards.
     ///
     /// # Errors
     /// The device's.
@@ -184,7 +218,8 @@ impl ValuePool {
     /// forgets them. Layers that share this pool must all have walked back before.
     ///
     /// # Errors
-    /// [`Error::Argument`] if there are more entries than a plan can have, and no row changed then; or the device's.
+    /// [`Error::Argument`] if there are more entries than a plan can have, [`Error::CacheRows`] if there are more rows than
+    /// a cache holds: no row changed then, and the gradients stay until [`ValuePool::discard`]; or the device's.
     pub fn step(&self, lr: f64, grad_scale: f64) -> Result<StepReport, Error> {
         with_pool!(self, |pool| pool.step(lr, grad_scale))
     }

@@ -8,7 +8,7 @@ use memlayer_core::ops::plan::{PlanBuffers, RowGradient, RowPlan};
 use memlayer_core::{ConfigError, Random};
 
 use super::{Rule, StepReport, with_rule};
-use crate::backend::{Backend, List, Memory, grow};
+use crate::backend::{Backend, List, Memory, Part, Sizes, TOO_LARGE, grow};
 use crate::error::Error;
 
 /// Rows that layers share.
@@ -23,8 +23,7 @@ pub(crate) struct Pool<B: Backend> {
 
 /// The rows, their state and how often they changed.
 pub(crate) struct Table<B: Backend> {
-    rows: B::Large,
-    state: B::Large,
+    store: B::Store,
     /// Steps made.
     pub(crate) steps: u64,
 }
@@ -53,21 +52,18 @@ impl<B: Backend> Pool<B> {
         rule: Rule,
         std: f32,
         seed: u64,
+        cache_rows: Option<usize>,
     ) -> Result<Self, Error> {
-        let len = checked_len(rows, dim, &rule)?;
-        let mut table = backend.large(len)?;
-        draw(&*backend, B::large_view_mut(&mut table), std, seed)?;
-        let state = backend.large(rows * rule.state_len(dim))?;
+        let sizes = checked_sizes(rows, dim, &rule, cache_rows)?;
+        let mut store = backend.store(sizes, cache_rows)?;
+        draw(&*backend, &mut store, rows * dim, std, seed)?;
         let pending = Pending::new(&*backend)?;
-        let table = Table { rows: table, state, steps: 0 };
+        let table = Table { store, steps: 0 };
         Ok(Self { backend, rows, dim, rule, table: RwLock::new(table), pending: Mutex::new(pending) })
     }
 
     pub(super) fn read<R>(&self, look: impl FnOnce(&[f32], &[f32]) -> R) -> Result<R, Error> {
-        let table = self.table();
-        let rows = self.backend.host(B::large_view(&table.rows))?;
-        let state = self.backend.host(B::large_view(&table.state))?;
-        Ok(look(&rows, &state))
+        self.backend.look(&self.table().store, look)
     }
 
     pub(super) fn restore(&self, rows: &[f32], state: &[f32], steps: u64) -> Result<(), Error> {
@@ -84,8 +80,8 @@ impl<B: Backend> Pool<B> {
             }
         }
         let mut table = self.table_mut();
-        self.backend.write(rows, B::large_view_mut(&mut table.rows))?;
-        self.backend.write(state, B::large_view_mut(&mut table.state))?;
+        self.backend.overwrite(&mut table.store, Part::Rows, 0, rows)?;
+        self.backend.overwrite(&mut table.store, Part::State, 0, state)?;
         table.steps = steps;
         drop(table);
         self.discard();
@@ -115,23 +111,24 @@ impl<B: Backend> Pool<B> {
     }
 
     pub(super) fn step(&self, lr: f64, grad_scale: f64) -> Result<StepReport, Error> {
-        let (backend, dim) = (&*self.backend, self.dim);
+        let backend = &*self.backend;
         let mut pending = self.pending();
         let mut table = self.table_mut();
-        table.steps += 1;
-        let entries = pending.ids.len();
-        if entries == 0 {
-            return Ok(StepReport { entries, touched: 0 });
+        let (entries, reduced) = (pending.ids.len(), pending.reduced);
+        let mut touched = 0;
+        if entries > 0 {
+            let step = Step { grad_scale, ..Step::new(lr, table.steps + 1) };
+            let (rows, dim, store) = (self.rows, self.dim, &mut table.store);
+            with_rule!(&self.rule, |rule| pending.apply(backend, rows, dim, store, rule, &step))?;
+            touched = match reduced {
+                Some(touched) => touched,
+                None => pending.planned(backend)?,
+            };
+            // An id that is no row is found on the device, and known only now.
+            backend.synchronize().map_err(Into::into)?;
+            pending.clear();
         }
-        let step = Step { grad_scale, ..Step::new(lr, table.steps) };
-        with_rule!(&self.rule, |rule| pending.apply(backend, self.rows, dim, &mut table, rule, &step))?;
-        let touched = match pending.reduced {
-            Some(touched) => touched,
-            None => pending.planned(backend)?,
-        };
-        // An id that is no row is found on the device, and known only now.
-        backend.synchronize().map_err(Into::into)?;
-        pending.clear();
+        table.steps += 1;
         Ok(StepReport { entries, touched })
     }
 
@@ -227,22 +224,22 @@ impl<B: Backend> Pending<B> {
         backend: &B,
         rows: usize,
         dim: usize,
-        table: &mut Table<B>,
+        store: &mut B::Store,
         rule: &O,
         step: &Step,
     ) -> Result<(), Error>
     where
         B: for<'x> RowUpdate<B::Train<'x>, O>,
     {
-        if self.reduced.is_none() {
+        // What is changed here may be in a cache, and the plan then says where: it serves no second time.
+        let reduced = self.reduced.take().is_some();
+        if !reduced {
             self.make_plan(backend, rows)?;
         }
-        let (buffers, _) = PlanBuffers::<B>::carve(B::view_mut(&mut self.plan), self.ids.len())?;
+        let (mut buffers, _) = PlanBuffers::<B>::carve(B::view_mut(&mut self.plan), self.ids.len())?;
+        let train = backend.train(store, &mut buffers)?;
         let plan: RowPlan<'_, B> = buffers.plan();
-        let (codes, state) = (B::large_view_mut(&mut table.rows), B::large_view_mut(&mut table.state));
-        let wrong = Error::State { what: "rows", expected: rows * dim, found: B::len_mut(&codes) };
-        let train = B::train(codes, dim, state, rule.state_len(dim)).ok_or(wrong)?;
-        if self.reduced.is_some() {
+        if reduced {
             let scratch = self.scratch.lend(backend, RowUpdate::<B::Train<'_>, O>::update_scratch(backend, dim))?;
             backend.update(train, rule, step, plan, B::view(&self.grads), scratch).map_err(Into::into)
         } else {
@@ -256,8 +253,8 @@ impl<B: Backend> Pending<B> {
 }
 
 impl<B: Backend> Table<B> {
-    pub(crate) fn view(&self, dim: usize) -> B::Rows<'_> {
-        B::rows(B::large_view(&self.rows), dim)
+    pub(crate) fn values(&self) -> B::Values<'_> {
+        B::values(&self.store)
     }
 }
 
@@ -268,30 +265,29 @@ impl<B: Backend> fmt::Debug for Pool<B> {
     }
 }
 
-/// Fills a table with normally distributed values.
-fn draw<B: Backend>(backend: &B, mut rest: B::ViewMut<'_, f32>, std: f32, seed: u64) -> Result<(), Error> {
+/// Fills a table of `len` values with normally distributed ones.
+fn draw<B: Backend>(backend: &B, store: &mut B::Store, len: usize, std: f32, seed: u64) -> Result<(), Error> {
     let mut random = Random::new(seed);
-    let mut drawn = vec![0.0; DRAWN.min(B::len_mut(&rest))];
-    while B::len_mut(&rest) > 0 {
-        let drawn = &mut drawn[..DRAWN.min(B::len_mut(&rest))];
+    let mut drawn = vec![0.0; DRAWN.min(len)];
+    for at in (0..len).step_by(DRAWN) {
+        let drawn = &mut drawn[..DRAWN.min(len - at)];
         random.fill_normal(drawn, f64::from(std));
-        let (head, tail) = B::split(rest, drawn.len());
-        backend.write(drawn, head)?;
-        rest = tail;
+        backend.overwrite(store, Part::Rows, at, drawn)?;
     }
     Ok(())
 }
 
-/// The values of a table, if it and its state can be addressed.
-fn checked_len(rows: usize, dim: usize, rule: &Rule) -> Result<usize, Error> {
-    for (field, size) in [("rows", rows), ("dim", dim)] {
+/// The sizes of a table, if it and its state can be addressed.
+fn checked_sizes(rows: usize, dim: usize, rule: &Rule, cache_rows: Option<usize>) -> Result<Sizes, Error> {
+    for (field, size) in [("rows", rows), ("dim", dim), ("cache_rows", cache_rows.unwrap_or(rows))] {
         if size == 0 {
             return Err(ConfigError::Zero { field }.into());
         }
     }
+    let state_len = rule.state_len(dim);
     let fits = |width: usize| rows.checked_mul(width).is_some_and(|n| n <= isize::MAX as usize / 4);
-    if u32::try_from(rows - 1).is_err() || !fits(dim) || !fits(rule.state_len(dim)) {
-        return Err(ConfigError::TooLarge { buffer: "the value table" }.into());
+    if u32::try_from(rows - 1).is_err() || !fits(dim) || !fits(state_len) {
+        return Err(TOO_LARGE.into());
     }
-    Ok(rows * dim)
+    Ok(Sizes { rows, dim, state_len })
 }

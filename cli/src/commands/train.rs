@@ -24,6 +24,10 @@ pub(crate) struct Train {
     /// Where to train: cpu, cuda, or cuda:1 for another than the first GPU.
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
+    /// Keep the values in the host's memory and N rows of them on the GPU, at least as many as a step touches; all of them
+    /// there without this. The losses are the same.
+    #[arg(long, value_name = "N", conflicts_with = "dense")]
+    cache_rows: Option<usize>,
     /// Steps between checkpoints.
     #[arg(long, value_name = "N", default_value_t = 250)]
     checkpoint_every: u64,
@@ -50,7 +54,7 @@ struct Trained {
 impl Train {
     pub(crate) fn run(&self, context: &Context) -> Result<(), CliError> {
         let cpu = share(context.cpu()?);
-        let place = Place::named(&self.device, &cpu)?;
+        let place = Place::named(&self.device, &cpu)?.with_cache_rows(self.cache_rows);
         let data = self.data.load()?;
         // A run that goes on has its tokenizer already; it is the one its parameters know.
         let saved = if self.out.is_dir() { latest(&self.out)? } else { None };

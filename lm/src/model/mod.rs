@@ -93,7 +93,7 @@ impl Model {
             Some(m) => {
                 #[allow(clippy::cast_possible_truncation, reason = "rounding a standard deviation")]
                 let std = 1.0 / (m.value_dim() as f64).sqrt() as f32;
-                Some(ValuePool::new(place.compute().clone(), m.slots(), m.value_dim(), init.rule, std, seed)?)
+                Some(place.pool(m.slots(), m.value_dim(), init.rule, std, seed)?)
             }
             None => None,
         };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::Device;
-use memlayer_candle::Compute;
+use memlayer_candle::{Compute, Rule, ValuePool};
 use memlayer_cpu::Cpu;
 
 use crate::error::{LmError, Result};
@@ -14,6 +14,7 @@ pub struct Place {
     cpu: Arc<Cpu>,
     device: Device,
     compute: Compute,
+    cache_rows: Option<usize>,
 }
 
 impl Place {
@@ -40,12 +41,19 @@ impl Place {
         // A stream of its own: candle's other one is another in every thread.
         let device = Device::new_cuda_with_stream(ordinal)?;
         let compute = Compute::for_device(&device)?;
-        Ok(Self { cpu: Arc::clone(cpu), device, compute })
+        Ok(Self { cpu: Arc::clone(cpu), device, compute, cache_rows: None })
     }
 
     #[cfg(not(feature = "cuda"))]
     fn cuda(ordinal: usize, _: &Arc<Cpu>) -> Result<Self> {
         Err(LmError::Training(format!("device `cuda:{ordinal}`: this program was built without the feature `cuda`")))
+    }
+
+    /// Keeps the values of memory layers in the host's memory and so many rows of them on the GPU
+    /// ([`memlayer_candle::ValuePool::cached`]); `None` for all of them there. No number depends on it.
+    #[must_use]
+    pub fn with_cache_rows(self, cache_rows: Option<usize>) -> Self {
+        Self { cache_rows, ..self }
     }
 
     /// What reads.
@@ -65,11 +73,20 @@ impl Place {
     pub fn compute(&self) -> &Compute {
         &self.compute
     }
+
+    /// A pool of values here.
+    pub(super) fn pool(&self, rows: usize, dim: usize, rule: Rule, std: f32, seed: u64) -> Result<ValuePool> {
+        let compute = self.compute.clone();
+        Ok(match self.cache_rows {
+            Some(cache_rows) => ValuePool::cached(compute, rows, dim, rule, std, seed, cache_rows)?,
+            None => ValuePool::new(compute, rows, dim, rule, std, seed)?,
+        })
+    }
 }
 
 impl From<&Arc<Cpu>> for Place {
     fn from(cpu: &Arc<Cpu>) -> Self {
-        Self { cpu: Arc::clone(cpu), device: Device::Cpu, compute: Arc::clone(cpu).into() }
+        Self { cpu: Arc::clone(cpu), device: Device::Cpu, compute: Arc::clone(cpu).into(), cache_rows: None }
     }
 }
 
