@@ -541,7 +541,7 @@ fn selection_of_many_tokens_is_exact() {
 
 #[test]
 fn scores_on_tensor_cores_are_chosen_from_exactly() {
-    use memlayer_tests::conformance::select::select_over;
+    use memlayer_tests::conformance::select::{integers, select_over};
     let Some(_) = cuda() else { return skipped("cuda") };
     let rough = Cuda::builder(0).scores(Scores::Bf16).build().expect("a device");
     let reference = Reference::<f32>::new();
@@ -555,18 +555,7 @@ fn scores_on_tensor_cores_are_chosen_from_exactly() {
         let dims = SelectDims { tokens, heads, parts, sub_keys, half_dim, top_k };
         // Integers that bf16 has: scores are exact. Small ones have more ties than lists have room, large ones hardly any.
         for (greatest, odds) in [(100, 0), (3, 0), (40, 50)] {
-            let mut random = Random::new(seed);
-            let mut queries = random.integers::<f32>(dims.queries_len(), greatest);
-            let mut keys = random.integers::<f32>(dims.key_rows() * half_dim, greatest);
-            if odds > 0 {
-                queries.chunks_exact_mut(half_dim).for_each(|query| query[0] = 1.0);
-                for key in keys.chunks_exact_mut(half_dim) {
-                    let kind = random.below(3 * odds);
-                    if let Some(&special) = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY].get(kind) {
-                        key[0] = special;
-                    }
-                }
-            }
+            let (queries, keys) = integers(dims, seed, greatest, odds);
             let codes: Vec<Bf16> = keys.iter().map(|&x| Bf16::from_f32(x)).collect();
             let expected = select_over(&reference, dims, &queries, &DenseRows::new(&keys, half_dim));
             let (reals, packed) = (rough.upload(&keys).expect("keys"), rough.upload(&codes).expect("keys"));

@@ -4,9 +4,8 @@
 use memlayer_core::ops::select::SelectDims;
 use memlayer_core::{Bf16, DenseRows, Device, Reference};
 use memlayer_cuda::Rows;
-use memlayer_tests::conformance::select::select_over;
+use memlayer_tests::conformance::select::{integers, select_over};
 use memlayer_tests::conformance::skipped;
-use memlayer_tests::random::Random;
 
 mod common;
 use common::cuda;
@@ -26,18 +25,7 @@ fn one_token_is_chosen_for_as_by_the_reference_again_and_again() {
         let dims = SelectDims { tokens: 1, heads, parts, sub_keys, half_dim, top_k };
         // Integers that bf16 has: scores are exact. Small ones have more ties than lists have room; NaN and infinities.
         for (greatest, odds) in [(100, 0), (1, 0), (40, 50), (40, 5)] {
-            let mut random = Random::new(seed);
-            let mut queries = random.integers::<f32>(dims.queries_len(), greatest);
-            let mut keys = random.integers::<f32>(dims.key_rows() * half_dim, greatest);
-            if odds > 0 {
-                queries.chunks_exact_mut(half_dim).for_each(|query| query[0] = 1.0);
-                for key in keys.chunks_exact_mut(half_dim) {
-                    let kind = random.below(3 * odds);
-                    if let Some(&special) = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY].get(kind) {
-                        key[0] = special;
-                    }
-                }
-            }
+            let (queries, keys) = integers(dims, seed, greatest, odds);
             let codes: Vec<Bf16> = keys.iter().map(|&x| Bf16::from_f32(x)).collect();
             let expected = select_over(&reference, dims, &queries, &DenseRows::new(&keys, half_dim));
             let (reals, packed) = (cuda.upload(&keys).expect("keys"), cuda.upload(&codes).expect("keys"));

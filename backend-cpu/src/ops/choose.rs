@@ -44,7 +44,7 @@ impl Choice {
 
     /// Whether coarse scores spare work: there are many more sub-keys than are scored again, and those more where their
     /// codes are not `exact`. (One core of an AMD EPYC, 256 tokens, K = 32, with and without: 512 sub-keys of int8 2.0 and
-    /// 2.3 ms, of f32 2.45 and 2.2; 1024 of f32 3.4 and 3.9.)
+    /// 2.3 ms, of f32 2.45 and 2.2; 1024 of f32 3.4 and 3.7.)
     pub(super) const fn has_many(&self, exact: bool) -> bool {
         self.sub_keys >= if exact { 16 } else { 32 } * pairs::leaders(self.top_k)
     }
@@ -120,8 +120,8 @@ impl<'a> Chooser<'a> {
         #[allow(clippy::cast_possible_truncation, reason = "K <= N <= 2^16 where keys have two parts")]
         if choice.parts == 2 {
             rows.iter_mut().zip(pairs::rows(k)).for_each(|(to, row)| *to = row as u32);
-            let all = (0..k).zip(pairs::rows(k)).flat_map(|(a, row)| (0..row).map(move |b| a << 16 | b));
-            pairs.iter_mut().zip(all).for_each(|(code, pair)| *code = pair as u32);
+            let all = (0..).zip(&*rows).flat_map(|(a, &row)| (0..row).map(move |b| a << 16 | b));
+            pairs.iter_mut().zip(all).for_each(|(code, pair)| *code = pair);
         }
         Self { choice, first, second, best, candidates, long, pairs, rows, work }
     }
@@ -365,11 +365,9 @@ const fn lanes<S: Simd>(_: S) -> usize {
     S::LANES
 }
 
-/// Takes the first `n` places out of a slice.
-pub(super) fn take<'a, T>(from: &mut &'a mut [T], n: usize) -> &'a mut [T] {
-    let (head, tail) = core::mem::take(from).split_at_mut(n);
-    *from = tail;
-    head
+/// Takes the first `n` places out of scratch that has been checked.
+fn take<'a, T>(from: &mut &'a mut [T], n: usize) -> &'a mut [T] {
+    from.split_off_mut(..n).unwrap_or_default()
 }
 
 /// The softmax of `scores` into `weights`, the greatest subtracted first.

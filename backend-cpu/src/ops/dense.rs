@@ -11,7 +11,6 @@ use crate::isa::product::{self, DEPTH, Left, MAX_WIDTH, Panel};
 use crate::isa::rows::dot;
 use crate::isa::{Lanes, Simd, dispatch};
 use crate::math::sigmoid;
-use crate::ops::choose::take;
 
 /// With fewer tokens or outputs a linear map is dots; with more it is a product of tiles.
 const FEW: usize = 4;
@@ -76,11 +75,8 @@ impl Cpu {
         let mut rest: [&mut [f32]; COLUMNS] = core::array::from_fn(|_| Default::default());
         rest.iter_mut().zip(args.out.chunks_mut(outputs)).for_each(|(rest, out)| *rest = out);
         let pieces = (0..outputs).step_by(width).map(|first| {
-            let out = rest.each_mut().map(|rest| {
-                let width = width.min(rest.len());
-                take(rest, width)
-            });
-            (first, out)
+            let width = width.min(outputs - first);
+            (first, rest.each_mut().map(|rest| rest.split_off_mut(..width).unwrap_or_default()))
         });
         self.pool.for_each(cost, pieces, |(first, mut out)| {
             let weight = &args.weight[first * inputs..];

@@ -18,6 +18,25 @@ pub struct Selected {
     pub weights: Vec<f32>,
 }
 
+/// Queries and keys of small integers, up to `greatest`, whose scores bf16 has exactly; with `odds`, one in three times as many keys
+/// begins with NaN, and as many with each infinity, as all of their scores then show.
+#[must_use]
+pub fn integers(dims: SelectDims, seed: u64, greatest: usize, odds: usize) -> (Vec<f32>, Vec<f32>) {
+    let mut random = Random::new(seed);
+    let mut queries = random.integers::<f32>(dims.queries_len(), greatest);
+    let mut keys = random.integers::<f32>(dims.key_rows() * dims.half_dim, greatest);
+    if odds > 0 {
+        queries.chunks_exact_mut(dims.half_dim).for_each(|query| query[0] = 1.0);
+        for key in keys.chunks_exact_mut(dims.half_dim) {
+            let kind = random.below(3 * odds);
+            if let Some(&special) = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY].get(kind) {
+                key[0] = special;
+            }
+        }
+    }
+    (queries, keys)
+}
+
 /// Selects over any table of keys.
 ///
 /// # Panics
