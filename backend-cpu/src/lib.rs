@@ -33,6 +33,7 @@ pub use file::{CachedRows, CachedView, Durability, FileError, FileRows, LoadedRo
 pub use isa::{Isa, UnknownIsa};
 use memlayer_core::Host;
 pub use memory::TableMemory;
+pub use ops::PanelKeys;
 
 use crate::isa::Token;
 use crate::isa::int8::Int8;

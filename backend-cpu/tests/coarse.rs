@@ -4,8 +4,8 @@
 
 use memlayer_core::ops::SelectRows;
 use memlayer_core::ops::select::{Select, SelectDims};
-use memlayer_core::{Bf16, DenseRows, Reference, RowStore, ScaledRows, Scratch};
-use memlayer_cpu::Cpu;
+use memlayer_core::{ArgError, Bf16, DenseRows, Reference, RowStore, ScaledRows, Scratch, Table};
+use memlayer_cpu::{Cpu, Isa, PanelKeys};
 
 mod common;
 use common::{Random, backends, bits};
@@ -14,7 +14,10 @@ use common::{Random, backends, bits};
 const SIZES: [(usize, usize, usize); 4] = [(300, 3, 1), (517, 8, 8), (800, 16, 32), (1500, 20, 20)];
 
 /// Ids and scores.
-fn selected<K: RowStore + Sync>(cpu: &Cpu, dims: SelectDims, queries: &[f32], keys: &K) -> (Vec<u32>, Vec<f32>) {
+fn selected<K: Table>(cpu: &Cpu, dims: SelectDims, queries: &[f32], keys: &K) -> (Vec<u32>, Vec<f32>)
+where
+    Cpu: SelectRows<K>,
+{
     let n = dims.bags_len();
     let (mut ids, mut scores, mut weights) = (vec![u32::MAX; n], vec![f32::NAN; n], vec![f32::NAN; n]);
     let req = SelectRows::<K>::select_scratch(cpu, dims);
@@ -38,6 +41,10 @@ fn agree<K: RowStore + Sync>(what: &str, cpus: &[Cpu], dims: SelectDims, queries
         let got = selected(cpu, dims, queries, keys);
         assert_eq!(got.0, ids, "{what}: {} {dims:?}", cpu.name());
         assert_eq!(bits(&got.1), bits(&scores), "{what}: {} {dims:?}", cpu.name());
+        let panels = PanelKeys::new(cpu, keys, dims.sub_keys).unwrap();
+        let got = selected(cpu, dims, queries, &panels);
+        assert_eq!(got.0, ids, "{what}, panels: {} {dims:?}", cpu.name());
+        assert_eq!(bits(&got.1), bits(&scores), "{what}, panels: {} {dims:?}", cpu.name());
     }
 }
 
@@ -152,5 +159,44 @@ fn threads_change_nothing() {
             let first = got(&of_isa[0]);
             of_isa[1..].iter().for_each(|cpu| assert_eq!(got(cpu), first, "{}, {tokens} tokens", cpu.name()));
         }
+    }
+}
+
+#[test]
+fn panels_of_another_processor_are_not_read() {
+    let dims = SelectDims { tokens: 3, heads: 2, parts: 2, sub_keys: 517, half_dim: 8, top_k: 8 };
+    let random = &mut Random(12);
+    let queries = integers(random, dims.queries_len(), 400);
+    let keys = integers(random, dims.key_rows() * dims.half_dim, 400);
+    let keys = DenseRows::new(&keys, dims.half_dim);
+    let expected = selected(&Cpu::new().unwrap(), dims, &queries, &keys);
+    for maker in backends() {
+        let panels = PanelKeys::new(&maker, keys, dims.sub_keys).unwrap();
+        for cpu in backends() {
+            assert_eq!(selected(&cpu, dims, &queries, &panels), expected, "{} for {}", maker.name(), cpu.name());
+        }
+    }
+}
+
+#[test]
+fn panels_are_of_one_number_of_sub_keys() {
+    let keys = vec![1.0; 2 * 2 * 300 * 8];
+    let cpu = Cpu::builder().isa(Isa::Scalar).build().unwrap();
+    for cpu in [cpu, Cpu::new().unwrap()] {
+        // 300 sub-keys of two heads are 600 of one, but not in panels.
+        let panels = PanelKeys::new(&cpu, DenseRows::new(&keys, 8), 300).unwrap();
+        let dims = SelectDims { tokens: 1, heads: 1, parts: 2, sub_keys: 600, half_dim: 8, top_k: 8 };
+        let (mut ids, mut scores, mut weights) = ([9; 8], [9.0; 8], [9.0; 8]);
+        let req = SelectRows::<PanelKeys<DenseRows<'_, f32>>>::select_scratch(&cpu, dims);
+        let (mut reals, mut places) = (vec![0.0; req.reals], vec![0; req.ids]);
+        let (i, s, w) = (&mut ids[..], &mut scores[..], &mut weights[..]);
+        let args = Select { dims, queries: &[1.0; 16][..], keys: &panels, ids: i, scores: s, weights: w };
+        let error = cpu.select(args, Scratch { reals: &mut reals[..], ids: &mut places[..] }).unwrap_err();
+        assert!(matches!(error, ArgError::Shape { operand: "sub_keys", expected: 300, found: 600, .. }), "{error}");
+        assert_eq!(ids, [9; 8]);
+    }
+    // No number of sub-keys that fits is no reason to panic.
+    for sub_keys in [0, 7, 10_000] {
+        assert!(PanelKeys::new(&Cpu::new().unwrap(), DenseRows::new(&keys, 8), sub_keys).is_ok());
     }
 }

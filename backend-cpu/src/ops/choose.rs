@@ -42,11 +42,10 @@ impl Choice {
         self.most().max(self.pairs()).next_multiple_of(16) + 16
     }
 
-    /// Whether coarse scores spare work: there are many more sub-keys than are scored again, and those more where their
-    /// codes are not `exact`. (One core of an AMD EPYC, 256 tokens, K = 32, with and without: 512 sub-keys of int8 2.0 and
-    /// 2.3 ms, of f32 2.45 and 2.2; 1024 of f32 3.4 and 3.7.)
-    pub(super) const fn has_many(&self, exact: bool) -> bool {
-        self.sub_keys >= if exact { 16 } else { 32 } * pairs::leaders(self.top_k)
+    /// Whether there are so many `times` as many sub-keys as leaders: coarse scores spare work where many more are scored than
+    /// are scored again.
+    pub(super) const fn has_many(&self, times: usize) -> bool {
+        self.sub_keys >= times * pairs::leaders(self.top_k)
     }
 
     /// Whether the halves have leaders.

@@ -9,7 +9,7 @@
 use memlayer_core::element::Format;
 use memlayer_core::{Element, Row, RowStore};
 
-use crate::isa::int8::{Int8, MAX_DIM, ROWS, WIDTH, left_len, pack_left, words};
+use crate::isa::int8::{Int8, MAX_DIM};
 use crate::isa::rows::as_f32;
 use crate::isa::{Simd, Token, dispatch};
 
@@ -46,11 +46,11 @@ pub(super) struct Quantized {
 #[derive(Clone, Copy)]
 pub(super) struct Bounds {
     /// `|k|∞`.
-    max: f32,
+    pub(super) max: f32,
     /// `|k|₂`.
-    norm: f32,
+    pub(super) norm: f32,
     /// `|e|₂`.
-    rest: f32,
+    pub(super) rest: f32,
 }
 
 impl Bounds {
@@ -65,7 +65,7 @@ impl Bounds {
     }
     /// Of int8 codes with their scales and the sums of their squares; the norms are squared.
     #[inline(always)]
-    fn of_codes(scales: &[f32], squares: &[i32]) -> Self {
+    pub(super) fn of_codes(scales: &[f32], squares: &[i32]) -> Self {
         // The bits of magnitudes are in their order, and those of NaN above all.
         let (mut max, mut norm) = (0, 0.0);
         for (scale, &square) in scales.iter().zip(squares) {
@@ -80,7 +80,7 @@ impl Bounds {
         Self { max: max.max(other.max), norm: norm.max(other.norm), rest: rest.max(other.rest) }
     }
     /// Of bounds whose norms are squared.
-    fn root(self) -> Self {
+    pub(super) fn root(self) -> Self {
         Self { norm: self.norm.sqrt(), rest: self.rest.sqrt(), ..self }
     }
     pub(super) fn store(self, to: &mut [f32]) {
@@ -119,7 +119,12 @@ impl Buffer {
     }
 
     /// Writes a row of `dim` values of any format as integers: their scale, their bounds with the norms squared, the codes.
-    fn quantize_row<E: Element>(&mut self, token: Token, row: &Row<'_, E>, dim: usize) -> (f32, Bounds, &[i8]) {
+    pub(super) fn quantize_row<E: Element>(
+        &mut self,
+        token: Token,
+        row: &Row<'_, E>,
+        dim: usize,
+    ) -> (f32, Bounds, &[i8]) {
         let values = match as_f32(row.codes) {
             Some(codes) if row.scales.is_empty() && dim.is_multiple_of(LANES) => codes,
             _ => {
@@ -239,7 +244,7 @@ fn quantize<'a, S: Simd>(s: S, values: &[f32], codes: &'a mut [i8; MAX_DIM]) -> 
 
 /// `|scale · codes|₂²`.
 #[inline(always)]
-fn square(scale: f32, codes: &[i8]) -> f32 {
+pub(super) fn square(scale: f32, codes: &[i8]) -> f32 {
     // Squares of 16 bits: products of these are cheaper in vectors.
     let mut sum = 0;
     for &code in codes {
@@ -289,7 +294,7 @@ impl Quantized {
 
 /// The codes and scales of `count` rows, if they are of int8 with one scale each or none.
 #[inline(always)]
-fn as_int8<'a, E: Element>(rows: &Row<'a, E>, count: usize) -> Option<(&'a [i8], &'a [f32])> {
+pub(super) fn as_int8<'a, E: Element>(rows: &Row<'a, E>, count: usize) -> Option<(&'a [i8], &'a [f32])> {
     let fits = E::FORMAT == Format::Int8 && (rows.scales.is_empty() || rows.scales.len() == count);
     fits.then(|| (bytemuck::cast_slice(rows.codes), rows.scales))
 }
@@ -297,107 +302,6 @@ fn as_int8<'a, E: Element>(rows: &Row<'a, E>, count: usize) -> Option<(&'a [i8],
 /// Whether the keys are `rows` of int8 that lie one after the other, with one scale each or none.
 pub(super) fn lie_as_int8<K: RowStore>(keys: &K, rows: usize) -> bool {
     keys.run(0, rows).is_some_and(|all| as_int8(&all, rows).is_some())
-}
-
-/// Sub-keys as integers.
-pub(super) struct Panel<'a> {
-    /// [`words`] of each column, see [`Int8::pack_column`].
-    pub(super) codes: &'a mut [u32],
-    /// `[WIDTH]`.
-    pub(super) scales: &'a mut [f32],
-    /// [`Bounds`].
-    pub(super) bounds: &'a mut [f32],
-}
-
-impl Panel<'_> {
-    /// Rows `first..first + count` of `keys` as columns; those behind them mean nothing.
-    pub(super) fn lay_out<K: RowStore>(
-        &mut self,
-        (token, int8): (Token, Int8),
-        keys: &K,
-        first: usize,
-        count: usize,
-        dim: usize,
-    ) {
-        let mut bounds = Bounds::NONE;
-        #[allow(clippy::cast_possible_truncation, reason = "a row of a table: ids have 32 bits")]
-        let together = if count == WIDTH { keys.run(first as u32, WIDTH) } else { None };
-        if let Some((codes, scales)) = together.and_then(|rows| as_int8(&rows, WIDTH))
-            && let Some(squares) = int8.pack_rows(token, codes, dim, self.codes)
-        {
-            self.scales.fill(1.0);
-            self.scales[..scales.len()].copy_from_slice(scales);
-            return dispatch!(token, _s => Bounds::of_codes(self.scales, &squares)).root().store(self.bounds);
-        }
-        self.scales.fill(0.0);
-        if count < WIDTH {
-            self.codes.fill(0);
-        }
-        let mut buffer = Buffer::new();
-        for n in 0..count {
-            #[allow(clippy::cast_possible_truncation, reason = "a row of a table: ids have 32 bits")]
-            let row = keys.row((first + n) as u32);
-            if let Some((codes, scales)) = as_int8(&row, 1) {
-                let scale = scales.first().copied().unwrap_or(1.0);
-                int8.pack_column(codes, n, self.codes);
-                self.scales[n] = scale;
-                bounds = bounds
-                    .and(Bounds { norm: dispatch!(token, _s => square(scale, codes)), ..Bounds::of_scale(scale) });
-            } else {
-                let (scale, squared, codes) = buffer.quantize_row(token, &row, dim);
-                int8.pack_column(codes, n, self.codes);
-                self.scales[n] = scale;
-                bounds = bounds.and(squared);
-            }
-        }
-        bounds.root().store(self.bounds);
-    }
-}
-
-/// The keys of a call as integers.
-#[derive(Clone, Copy)]
-pub(super) struct Keys<'a> {
-    pub(super) int8: Int8,
-    /// C.
-    pub(super) dim: usize,
-    /// Panels of a half.
-    pub(super) panels: usize,
-    /// `[H, P, panels]`, panels of `C` codes a column.
-    pub(super) codes: &'a [u32],
-    /// `[H, P, panels, WIDTH]`.
-    pub(super) scales: &'a [f32],
-    /// `[H, P, panels]`.
-    pub(super) bounds: &'a [f32],
-}
-
-impl Keys<'_> {
-    /// The coarse scores `[queries, panels · WIDTH]` of the sub-keys of half `half`, in units of each query's scale, for
-    /// at most [`ROWS`] queries, and what these are. `codes` is workspace for [`ROWS`] queries.
-    pub(super) fn score(
-        &self,
-        token: Token,
-        half: usize,
-        queries: &[&[f32]],
-        codes: &mut [u32],
-        out: &mut [f32],
-    ) -> [Coarse; ROWS] {
-        let mut scores = [Coarse::NONE; ROWS];
-        let (len, bounds) = (left_len(self.dim), self.panels * Bounds::LEN);
-        let keys = Bounds::load(&self.bounds[half * bounds..(half + 1) * bounds]);
-        let mut buffer = Buffer::new();
-        for ((query, to), scores) in queries.iter().zip(codes.chunks_exact_mut(len)).zip(&mut scores) {
-            let (quantized, codes) = buffer.quantize(token, query);
-            pack_left(codes, to);
-            *scores = quantized.coarse(self.dim, keys);
-        }
-        let (words, padded) = (words(self.dim) * WIDTH, self.panels * WIDTH);
-        let panels = self.codes[half * self.panels * words..].chunks_exact(words).take(self.panels);
-        let scales = self.scales[half * padded..].chunks_exact(WIDTH);
-        for (j, (panel, scales)) in panels.zip(scales).enumerate() {
-            self.int8.multiply(&codes[..queries.len() * len], panel, scales, &mut out[j * WIDTH..], padded);
-        }
-        scores
-    }
 }
 
 /// The coarse scores of int8 sub-keys that lie one after the other, codes and scales, in units of the query's scale, and

@@ -6,11 +6,14 @@ mod coarse;
 mod dense;
 mod optim;
 mod pairs;
+mod panels;
 mod plan;
 mod select;
 mod select_backward;
 mod topk;
 mod turned;
+
+pub use panels::PanelKeys;
 
 use crate::Cpu;
 

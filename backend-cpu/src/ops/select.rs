@@ -8,10 +8,11 @@ use crate::Cpu;
 use crate::isa::int8::{self, Int8, MAX_DIM, ROWS};
 use crate::isa::product::{self, DEPTH, Left, MAX_WIDTH, Panel};
 use crate::isa::rows::{BLOCK, as_f32, columns, widen};
-use crate::isa::{Simd, dispatch};
+use crate::isa::{Level, Simd, dispatch};
 use crate::ops::bag::{Dot, row_cost};
 use crate::ops::choose::{Bag, Choice, Chooser, Half};
 use crate::ops::coarse::{self, Bounds, Buffer, Coarse};
+use crate::ops::panels::{PanelDims, Panels};
 use crate::ops::select_backward;
 use crate::ops::turned::{self, Turned};
 
@@ -21,14 +22,35 @@ const FEW: usize = 16;
 /// Sub-keys that one piece of work scores for few tokens.
 const KEYS: usize = 512;
 
+/// How many times as many sub-keys as leaders make coarse scores worth it, and where they are of int8, so that fewer are scored
+/// again and none is first made into integers. (One core of an AMD EPYC, 256 tokens, K = 32, with and without: 512 sub-keys of int8
+/// 2.0 and 2.3 ms, of f32 2.45 and 2.2; 1024 of f32 3.4 and 3.7.)
+const MANY: usize = 32;
+const MANY_CODES: usize = 16;
+
+/// The same for at most [`SOME`] tokens where there are panels, as else these would be laid out in `f32` for few.
+/// (16 tokens, 256 sub-keys of int8: 0.105 and 0.198 ms; 256 tokens 1.59 and 1.51.)
+const MANY_PANELS: usize = 8;
+const SOME: usize = 64;
+
 /// Scalars of a cache line: scores that begin with one are read in vectors that each lie in one. Selection among 1024 sub-keys
 /// of int8 is 2 to 6 % faster for it on an AMD EPYC.
 const LINE: usize = 16;
 
 /// Scratch from where a cache line begins on.
-fn from_line(scratch: Scratch<'_, Cpu>) -> Scratch<'_, Cpu> {
+pub(super) fn from_line(scratch: Scratch<'_, Cpu>) -> Scratch<'_, Cpu> {
     let (reals, ids) = (scratch.reals.as_ptr().align_offset(64), scratch.ids.as_ptr().align_offset(64));
     scratch.take_reals(reals.min(LINE)).1.take_ids(ids.min(LINE)).1
+}
+
+/// In whole lines.
+fn lines(req: ScratchReq) -> ScratchReq {
+    ScratchReq::new(req.reals.next_multiple_of(LINE), req.ids.next_multiple_of(LINE))
+}
+
+/// What a worker needs that scores coarsely: the scores of some tokens, and their queries as integers.
+fn coarse_worker(dims: SelectDims, padded: usize) -> ScratchReq {
+    ScratchReq::new(dims.parts * ROWS * padded, ROWS * int8::left_len(dims.half_dim))
 }
 
 /// How the sub-keys are scored.
@@ -46,7 +68,7 @@ enum Way {
 
 /// How a call is laid out in scratch.
 #[derive(Clone, Copy)]
-struct Layout {
+pub(super) struct Layout {
     dims: SelectDims,
     choice: Choice,
     way: Way,
@@ -71,10 +93,12 @@ impl Layout {
         let way = match cpu.int8 {
             _ if turned::TOKENS.contains(&tokens) && !as_they_lie => Way::Turned,
             _ if tokens < FEW => Way::Few,
-            Some(int8) if half_dim <= MAX_DIM && choice.has_many(as_they_lie) => Way::Coarse(int8),
+            Some(int8) if half_dim <= MAX_DIM && choice.has_many(if as_they_lie { MANY_CODES } else { MANY }) => {
+                Way::Coarse(int8)
+            }
             _ => Way::Product,
         };
-        let (halves, panels) = (dims.heads * parts, padded / int8::WIDTH);
+        let halves = dims.heads * parts;
         let choosing = choice.scratch();
         // No result depends on the tile.
         let share = tokens.div_ceil(2 * cpu.threads()).next_multiple_of(8);
@@ -94,18 +118,29 @@ impl Layout {
                 (tile, ScratchReq::new(halves * padded * half_dim, 0), worker.and(choosing))
             }
             Way::Coarse(_) => {
-                let shared =
-                    ScratchReq::new(halves * (padded + panels * Bounds::LEN), halves * padded * int8::words(half_dim));
-                let worker = ScratchReq::new(parts * ROWS * padded, ROWS * int8::left_len(half_dim));
-                (share.min(256), shared, worker.and(choosing))
+                (share.min(256), PanelDims::new(dims).scratch(), coarse_worker(dims, padded).and(choosing))
             }
         };
-        let lines = |req: ScratchReq| ScratchReq::new(req.reals.next_multiple_of(LINE), req.ids.next_multiple_of(LINE));
         Self { dims, choice, way, padded, tile, shared: lines(shared), worker: lines(worker) }
     }
 
+    /// For keys that have panels, where these are worth it.
+    pub(super) fn of_panels(dims: SelectDims, cpu: &Cpu) -> Option<Self> {
+        let SelectDims { tokens, parts, sub_keys, half_dim, top_k, .. } = dims;
+        let choice = Choice { parts, sub_keys, top_k };
+        let times = if tokens <= SOME { MANY_PANELS } else { MANY_CODES };
+        let int8 = cpu.int8.filter(|_| half_dim <= MAX_DIM && choice.has_many(times))?;
+        let padded = sub_keys.next_multiple_of(MAX_WIDTH);
+        // Few tokens are for all threads too.
+        let few = tokens.div_ceil(cpu.threads());
+        let tile =
+            if few <= ROWS { few.max(1) } else { tokens.div_ceil(2 * cpu.threads()).next_multiple_of(ROWS).min(256) };
+        let worker = lines(coarse_worker(dims, padded).and(choice.scratch()));
+        Some(Self { dims, choice, way: Way::Coarse(int8), padded, tile, shared: ScratchReq::default(), worker })
+    }
+
     /// What a call needs, wherever its scratch begins.
-    fn scratch(&self, threads: usize) -> ScratchReq {
+    pub(super) fn scratch(&self, threads: usize) -> ScratchReq {
         self.worker.times(threads).and(self.shared).and(ScratchReq::new(LINE, LINE))
     }
 
@@ -145,11 +180,10 @@ impl<K: RowStore + Sync> SelectRows<K> for Cpu {
                 self.select_tiles(&layout, args, shared, scratch);
             }
             Way::Coarse(int8) => {
-                let (panels, codes) = (layout.padded / int8::WIDTH, shared_ids);
-                let (scales, bounds) = shared.split_at_mut(dims.heads * dims.parts * layout.padded);
-                self.lay_out_codes(&layout, int8, args.keys, (&mut *codes, &mut *scales, &mut *bounds));
-                let keys = coarse::Keys { int8, dim: dims.half_dim, panels, codes, scales, bounds };
-                self.select_coarse(&layout, args, keys, scratch);
+                let (dims, codes) = (PanelDims::new(dims), shared_ids);
+                let (scales, bounds) = shared.split_at_mut(dims.halves * layout.padded);
+                self.lay_out_codes(dims, int8, args.keys, (&mut *codes, &mut *scales, &mut *bounds));
+                self.select_coarse(&layout, args, Panels { int8, dims, codes, scales, bounds }, scratch);
             }
         }
         Ok(())
@@ -175,7 +209,7 @@ impl Cpu {
     ) {
         let dims = layout.dims;
         let (scores, bounds) = shared.split_at_mut(dims.tokens * dims.heads * dims.parts * layout.padded);
-        let many = dims.half_dim <= MAX_DIM && layout.choice.has_many(true);
+        let many = dims.half_dim <= MAX_DIM && layout.choice.has_many(MANY_CODES);
         let packed = many && coarse::lie_as_int8(args.keys, dims.key_rows());
         if let (Some(int8), true) = (self.int8, packed) {
             self.score_few_coarsely(layout, int8, args.queries, args.keys, (&mut *scores, &mut *bounds));
@@ -321,74 +355,54 @@ impl Cpu {
         });
     }
 
-    /// The keys as panels of integers `[H, P, N / WIDTH]`, with their scales `[H, P, N]` and bounds.
-    fn lay_out_codes<K: RowStore + Sync>(
-        &self,
-        layout: &Layout,
-        int8: Int8,
-        keys: &K,
-        (codes, scales, bounds): (&mut [u32], &mut [f32], &mut [f32]),
-    ) {
-        let (n, c) = (layout.dims.sub_keys, layout.dims.half_dim);
-        let (per_half, words) = (layout.padded / int8::WIDTH, int8::words(c) * int8::WIDTH);
-        let (panels, cost) = (scales.len() / int8::WIDTH, int8::WIDTH * c / 2);
-        let piece = self.piece(panels, cost);
-        let pieces = codes.chunks_mut(piece * words).zip(scales.chunks_mut(piece * int8::WIDTH));
-        let pieces = pieces.zip(bounds.chunks_mut(piece * Bounds::LEN)).enumerate();
-        self.pool.for_each(panels * cost, pieces, |(p, ((codes, scales), bounds))| {
-            let panels =
-                codes.chunks_mut(words).zip(scales.chunks_mut(int8::WIDTH)).zip(bounds.chunks_mut(Bounds::LEN));
-            for (i, ((codes, scales), bounds)) in (p * piece..).zip(panels) {
-                let (half, first) = (i / per_half, i % per_half * int8::WIDTH);
-                let count = int8::WIDTH.min(n.saturating_sub(first));
-                let mut panel = coarse::Panel { codes, scales, bounds };
-                panel.lay_out((self.token, int8), keys, half * n + first, count, c);
-            }
-        });
-    }
-
     /// Scores coarsely and chooses, a few tokens at a time, so that their scores stay near; a head at a time, so that
     /// its sub-keys do.
-    fn select_coarse<K: RowStore + Sync>(
+    pub(super) fn select_coarse<K: RowStore + Sync>(
         &self,
         layout: &Layout,
         args: Select<'_, Self, K>,
-        keys: coarse::Keys<'_>,
+        panels: Panels<'_>,
         scratch: Scratch<'_, Self>,
     ) {
         let Select { dims, queries, keys: table, .. } = args;
-        let (c, row) = (dims.half_dim, dims.heads * dims.top_k);
+        let c = dims.half_dim;
+        // The heads of a token lie one after the other: where a piece is no more than a token, each can be one.
+        let heads = if layout.tile == 1 { 1 } else { dims.heads };
+        let row = heads * dims.top_k;
         let tiles = bags(layout.tile * row, args.ids, args.scores, args.weights).enumerate();
-        self.pool.for_each_with(
-            usize::MAX,
-            tiles,
-            layout.workers(scratch),
-            |(scores, codes, chooser), (i, mut tile)| {
-                let tokens = tile.ids.len() / row;
-                let (first, second) = scores.split_at_mut(ROWS * layout.padded);
-                for (h, from) in (0..dims.heads).flat_map(|h| (0..tokens).step_by(ROWS).map(move |from| (h, from))) {
-                    let count = ROWS.min(tokens - from);
-                    let query = |t: usize, p: usize| {
-                        let at = ((i * layout.tile + from + t) * dims.heads + h) * dims.parts + p;
-                        &queries[at * c..(at + 1) * c]
-                    };
-                    let mut coarse = [[Coarse::NONE; ROWS]; 2];
-                    for (p, out) in [&mut *first, &mut *second].into_iter().take(dims.parts).enumerate() {
-                        let queries: [&[f32]; ROWS] = core::array::from_fn(|t| query(t.min(count - 1), p));
-                        coarse[p] = keys.score(self.token, h * dims.parts + p, &queries[..count], codes, out);
-                    }
-                    let [a, b] = coarse;
-                    for (t, (a, b)) in a.into_iter().zip(b).take(count).enumerate() {
-                        let half = |p: usize, coarse| Half { query: query(t, p), first: dims.key_row(h, p, 0), coarse };
-                        let halves = [half(0, a), half(dims.parts - 1, b)];
-                        let at = t * layout.padded..(t + 1) * layout.padded;
-                        let second = if dims.parts == 2 { &mut second[at.clone()] } else { &mut [][..] };
-                        let bag = &mut tile.part((from + t) * dims.heads + h, dims.top_k);
-                        self.choose_or_score(chooser, table, halves, (&mut first[at], second), bag);
-                    }
+        let cost = dims.tokens * dims.heads * (1000 + dims.parts * dims.sub_keys * (16 + c) / 64);
+        self.pool.for_each_with(cost, tiles, layout.workers(scratch), |(scores, codes, chooser), (i, mut tile)| {
+            let (start, head, tokens) =
+                (i * heads / dims.heads * layout.tile, i * heads % dims.heads, tile.ids.len() / row);
+            let (first, second) = scores.split_at_mut(ROWS * layout.padded);
+            for (h, from) in (head..head + heads).flat_map(|h| (0..tokens).step_by(ROWS).map(move |from| (h, from))) {
+                let count = ROWS.min(tokens - from);
+                let query = |t: usize, p: usize| {
+                    let at = ((start + from + t) * dims.heads + h) * dims.parts + p;
+                    &queries[at * c..(at + 1) * c]
+                };
+                // The queries of the next tokens: they are too far apart for the processor to see what comes.
+                let next = from + count..(from + 2 * count).min(tokens);
+                dispatch!(self.token, s => for t in next {
+                    let at = ((start + t) * dims.heads + h) * dims.parts * c;
+                    s.prefetch_all(Level::Second, &queries[at..at + dims.parts * c]);
+                });
+                let mut coarse = [[Coarse::NONE; ROWS]; 2];
+                for (p, out) in [&mut *first, &mut *second].into_iter().take(dims.parts).enumerate() {
+                    let queries: [&[f32]; ROWS] = core::array::from_fn(|t| query(t.min(count - 1), p));
+                    coarse[p] = panels.score(self.token, h * dims.parts + p, &queries[..count], codes, out);
                 }
-            },
-        );
+                let [a, b] = coarse;
+                for (t, (a, b)) in a.into_iter().zip(b).take(count).enumerate() {
+                    let half = |p: usize, coarse| Half { query: query(t, p), first: dims.key_row(h, p, 0), coarse };
+                    let halves = [half(0, a), half(dims.parts - 1, b)];
+                    let at = t * layout.padded..(t + 1) * layout.padded;
+                    let second = if dims.parts == 2 { &mut second[at.clone()] } else { &mut [][..] };
+                    let bag = &mut tile.part((from + t) * heads + h - head, dims.top_k);
+                    self.choose_or_score(chooser, table, halves, (&mut first[at], second), bag);
+                }
+            }
+        });
     }
 
     /// Chooses by coarse scores, or by all of them where those do not tell.

@@ -27,7 +27,7 @@ pub(super) fn measure(
     let mut ours = match case.op {
         "linear" => linear(case, cpu),
         "bag_sum" => ops::bag_sum(case, cpu, tables)?,
-        _ => ops::select(case, cpu),
+        _ => ops::select(case, cpu)?,
     };
     let theirs = match case.op {
         "linear" => their_linear(case),

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use half::f16;
-use memlayer_core::Random;
-use memlayer_cpu::TableMemory;
+use memlayer_core::{Element, Random, Row, RowId, RowStore, Table};
+use memlayer_cpu::{Cpu, PanelKeys, TableMemory};
 
 use super::Case;
 use crate::error::BenchError;
@@ -85,6 +85,63 @@ fn fill(format: &str, codes: &mut [u8]) {
         }
         _ => {}
     }
+}
+
+/// Sub-keys that belong to a call.
+pub(super) struct OwnedRows<E> {
+    codes: Vec<E>,
+    /// One a row, or none.
+    scales: Vec<f32>,
+    dim: usize,
+}
+
+impl<E> OwnedRows<E> {
+    pub(super) fn new(codes: Vec<E>, dim: usize) -> Self {
+        Self { codes, scales: Vec::new(), dim }
+    }
+}
+
+impl OwnedRows<i8> {
+    /// Numbers from -1 to 1 as integers.
+    pub(super) fn int8(keys: &[f32], dim: usize) -> Self {
+        #[allow(clippy::cast_possible_truncation, reason = "-127 to 127")]
+        let codes = keys.iter().map(|x| (x * 127.0).round() as i8).collect();
+        Self { codes, scales: vec![1.0 / 127.0; keys.len() / dim], dim }
+    }
+}
+
+impl<E: Element> Table for OwnedRows<E> {
+    type Elem = E;
+    fn rows(&self) -> usize {
+        self.codes.len() / self.dim
+    }
+    fn dim(&self) -> usize {
+        self.dim
+    }
+}
+
+impl<E: Element> RowStore for OwnedRows<E> {
+    fn row(&self, id: RowId) -> Row<'_, E> {
+        let (id, dim) = (id as usize, self.dim);
+        let scales = self.scales.get(id..=id).unwrap_or_default();
+        Row { codes: &self.codes[id * dim..(id + 1) * dim], scales, group: dim }
+    }
+    fn run(&self, first: RowId, count: usize) -> Option<Row<'_, E>> {
+        let rows = first as usize..first as usize + count;
+        let codes = self.codes.get(rows.start * self.dim..rows.end * self.dim)?;
+        Some(Row { codes, scales: self.scales.get(rows).unwrap_or_default(), group: self.dim })
+    }
+}
+
+/// The same laid out for inference.
+pub(super) fn int8_panels(
+    keys: &[f32],
+    dim: usize,
+    sub_keys: usize,
+    cpu: &Cpu,
+) -> Result<PanelKeys<OwnedRows<i8>>, BenchError> {
+    let panels = PanelKeys::new(cpu, OwnedRows::int8(keys, dim), sub_keys);
+    panels.map_err(|source| BenchError::Io { path: "memory".into(), source })
 }
 
 /// Numbers from -1 to 1.

@@ -9,11 +9,11 @@ use memlayer_core::layer::{
 use memlayer_core::ops::RowReduce;
 use memlayer_core::ops::optim::{Adam, RowRule, RowwiseAdagrad, Step};
 use memlayer_core::ops::plan::PlanBuffers;
-use memlayer_core::{Config, DenseRows, Extent, RowStore, ScaledRows, Scratch, ScratchReq, Table, TrainRows};
+use memlayer_core::{Config, DenseRows, Extent, ScaledRows, Scratch, ScratchReq, Table, TrainRows};
 use memlayer_cpu::Cpu;
 
 use super::Case;
-use super::inputs::{Tables, memory, reals};
+use super::inputs::{Tables, int8_panels, memory, reals};
 use super::ops::Call;
 use crate::error::BenchError;
 
@@ -77,13 +77,12 @@ impl Dense {
     }
 }
 
-/// A layer's forward, over f32 or int8 rows and keys.
+/// A layer's forward, over f32 rows and keys, or over int8 rows and keys with panels.
 pub(super) fn forward(case: &Case, cpu: &Arc<Cpu>, tables: &mut Tables) -> Result<Call, BenchError> {
     let config = config(case)?;
     let rows = tables.get(case.format, case.v, case.slots)?;
     let dense = Dense::new(&config, 0.06);
     let keys = reals(config.keys_len(), 5);
-    let c = config.half_dim();
     let mut pass = Pass::new(case, cpu, config);
     if case.format == "f32" {
         return Ok(Box::new(move || {
@@ -92,13 +91,11 @@ pub(super) fn forward(case: &Case, cpu: &Arc<Cpu>, tables: &mut Tables) -> Resul
             pass.forward(&params)
         }));
     }
-    #[allow(clippy::cast_possible_truncation, reason = "-127 to 127")]
-    let codes: Vec<i8> = keys.iter().map(|x| (x * 127.0).round() as i8).collect();
-    let scales = vec![1.0 / 127.0; config.key_rows()];
+    let keys = int8_panels(&keys, config.half_dim(), config.sub_keys(), cpu)?;
     Ok(Box::new(move || {
         let v = pass.case.v;
         let values = ScaledRows::<i8>::new(bytemuck::cast_slice(&rows.codes), &rows.scales, v, v);
-        let (Some(values), Some(keys)) = (values, ScaledRows::new(&codes, &scales, c, c)) else { return Ok(()) };
+        let Some(values) = values else { return Ok(()) };
         pass.forward(&dense.params(Keys::Packed(&keys), &values))
     }))
 }
@@ -129,10 +126,7 @@ impl Pass {
         }
     }
 
-    fn forward<V: RowStore + Sync, K: RowStore + Sync>(
-        &mut self,
-        params: &Params<'_, Cpu, V, K>,
-    ) -> Result<(), BenchError>
+    fn forward<V: Table, K: Table>(&mut self, params: &Params<'_, Cpu, V, K>) -> Result<(), BenchError>
     where
         Cpu: Backend<V, K>,
     {

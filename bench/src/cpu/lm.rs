@@ -14,15 +14,41 @@ use crate::time::{Pair, Side, clock, pair};
 
 /// Training steps of the tour's two models: with a memory, and dense of equal FLOPs a token.
 pub(super) fn steps(seconds: f64, cpu: &Arc<Cpu>) -> Result<Pair, BenchError> {
-    let data = Dataset::world(Path::new("data"), 10_000, 1)?;
-    let tokenizer = Tokenizer::train(&data.train, 1000)?;
-    let memory = MemoryConfig { layers: vec![1], heads: 4, sub_keys: 128, half_dim: 4, top_k: 8 };
-    let (vocab, context) = (tokenizer.vocab(), 128);
-    let memory = ModelConfig { vocab, dim: 32, layers: 2, heads: 4, hidden: 48, context, memory: Some(memory) };
+    let trainers = Trainers::new()?;
+    let memory = trainers.config(128);
     let dense = flops::dense_twin(&memory, 16.0)?;
-    let side = |config: &ModelConfig| -> Result<Box<Side<'static>>, BenchError> {
-        let mut trainer = Trainer::new(config, &TrainConfig::default(), &data, tokenizer.clone(), cpu)?;
+    pair(seconds, &mut *trainers.side(&memory, cpu)?, &mut *trainers.side(&dense, cpu)?)
+}
+
+/// Training steps of the tour's model with 2^22 slots and with 2^16.
+pub(super) fn grown_steps(seconds: f64, cpu: &Arc<Cpu>) -> Result<Pair, BenchError> {
+    let trainers = Trainers::new()?;
+    let [large, small] = [2048, 256].map(|sub_keys| trainers.side(&trainers.config(sub_keys), cpu));
+    pair(seconds, &mut *large?, &mut *small?)
+}
+
+/// What trains the tour's models.
+struct Trainers {
+    data: Dataset,
+    tokenizer: Tokenizer,
+}
+
+impl Trainers {
+    fn new() -> Result<Self, BenchError> {
+        let data = Dataset::world(Path::new("data"), 10_000, 1)?;
+        let tokenizer = Tokenizer::train(&data.train, 1000)?;
+        Ok(Self { data, tokenizer })
+    }
+
+    /// The tour's model with a memory of `sub_keys` squared slots.
+    fn config(&self, sub_keys: usize) -> ModelConfig {
+        let memory = MemoryConfig { layers: vec![1], heads: 4, sub_keys, half_dim: 4, top_k: 8 };
+        let (vocab, context) = (self.tokenizer.vocab(), 128);
+        ModelConfig { vocab, dim: 32, layers: 2, heads: 4, hidden: 48, context, memory: Some(memory) }
+    }
+
+    fn side(&self, config: &ModelConfig, cpu: &Arc<Cpu>) -> Result<Box<Side<'static>>, BenchError> {
+        let mut trainer = Trainer::new(config, &TrainConfig::default(), &self.data, self.tokenizer.clone(), cpu)?;
         Ok(Box::new(move |calls| clock(calls, || Ok(trainer.step().map(|_| ())?))))
-    };
-    pair(seconds, &mut *side(&memory)?, &mut *side(&dense)?)
+    }
 }

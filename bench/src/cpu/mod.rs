@@ -51,6 +51,7 @@ impl Case {
             ("step", _) => "SparseAdam",
             ("rows step" | "grown step", _) => "as many rows of 2^16",
             ("lm step", _) => "dense, equal FLOPs",
+            ("grown lm step", _) => "2^16 slots",
             _ => "PyTorch",
         };
         let rows = if matches!(op, "step" | "rows step" | "grown step" | "select") { "f32" } else { format };
@@ -98,7 +99,7 @@ impl Case {
             ("step", "adagrad", _) => Some(8.0),
             ("lm step", ..) => Some(0.9),
             // At most 1.5 times the time of the small table.
-            ("rows step" | "grown step", ..) => Some(0.67),
+            ("rows step" | "grown step" | "grown lm step", ..) => Some(0.67),
             _ => None,
         }
     }
@@ -119,6 +120,9 @@ fn cases(options: &Options) -> Vec<Case> {
                 threads.iter().for_each(|&n| add(Case::new("select", format, (256, t, slots), n)));
             }
         }
+    }
+    for &t in tokens {
+        threads.iter().for_each(|&n| add(Case::new("select", "int8 rows", (256, t, 1 << 20), n)));
     }
     for format in FORMATS {
         for v in [64, 256, 1024] {
@@ -175,7 +179,9 @@ fn cases(options: &Options) -> Vec<Case> {
         }
     }
     #[cfg(feature = "lm")]
-    threads.iter().for_each(|&n| add(Case::new("lm step", "f32", (32, 256, 1 << 14), n)));
+    for (op, slots) in [("lm step", 1 << 14), ("grown lm step", 1 << 22)] {
+        threads.iter().for_each(|&n| add(Case::new(op, "f32", (32, 256, slots), n)));
+    }
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a size somebody typed")]
     let most = (options.memory * f64::from(1 << 30)) as usize;
     // Tables and their state, ours and the peer's: a dense step has a gradient of the table too.
@@ -248,8 +254,9 @@ fn measure(
         (row.ratio, row.spread) = (Some(pair.ratio), Some(pair.spread));
     };
     #[cfg(feature = "lm")]
-    if case.op == "lm step" {
-        keep(&mut row, lm::steps(4.0 * seconds, cpu)?);
+    if matches!(case.op, "lm step" | "grown lm step") {
+        let steps = if case.op == "lm step" { lm::steps } else { lm::grown_steps };
+        keep(&mut row, steps(4.0 * seconds, cpu)?);
         return Ok(row);
     }
     #[cfg(feature = "lm")]
@@ -268,7 +275,7 @@ fn measure(
         return Ok(row);
     }
     let mut call = match case.op {
-        "select" => ops::select(case, cpu),
+        "select" => ops::select(case, cpu)?,
         "bag_sum" => ops::bag_sum(case, cpu, tables)?,
         "layer" => layer::forward(case, cpu, tables)?,
         _ => layer::step(case, cpu, tables)?,

@@ -7,11 +7,11 @@ use memlayer_core::ops::optim::{Adam, RowUpdate, Step};
 use memlayer_core::ops::plan::{PlanBuffers, RowGradient};
 use memlayer_core::ops::select::{Select, SelectDims};
 use memlayer_core::ops::{EmbeddingBag, RowReduce, SelectRows};
-use memlayer_core::{Bf16, DenseRows, E4m3, E5m2, Element, F16, Int4, Random, ScaledRows, Scratch, TrainRows};
+use memlayer_core::{Bf16, DenseRows, E4m3, E5m2, Element, F16, Int4, Random, ScaledRows, Scratch, Table, TrainRows};
 use memlayer_cpu::Cpu;
 
 use super::Case;
-use super::inputs::{INT4_GROUP, Rows, Tables, Turns, memory, reals};
+use super::inputs::{INT4_GROUP, OwnedRows, Rows, Tables, Turns, int8_panels, memory, reals};
 use crate::error::BenchError;
 
 /// A call with the next inputs.
@@ -23,37 +23,33 @@ pub(super) const AHEAD: [usize; 4] = [8, 16, 32, 64];
 /// Sets of queries that take turns.
 const QUERIES: usize = 16;
 
-/// `select` over f32 keys, or over int8 keys.
-pub(super) fn select(case: &Case, cpu: &Arc<Cpu>) -> Call {
+/// `select` over f32 keys, over int8 keys with panels, which inference makes once, or over int8 rows alone.
+pub(super) fn select(case: &Case, cpu: &Arc<Cpu>) -> Result<Call, BenchError> {
     let (t, heads, sub_keys, half_dim, top_k) = (case.t, case.heads, case.sub_keys, case.half_dim, case.top_k);
     let dims = SelectDims { tokens: t, heads, parts: 2, sub_keys, half_dim, top_k };
-    let queries: Vec<_> = (0..QUERIES).map(|i| reals(dims.queries_len(), i as u64)).collect();
     let keys = reals(dims.key_rows() * half_dim, 99);
+    Ok(match case.format {
+        "int8" => select_over(dims, cpu, int8_panels(&keys, half_dim, sub_keys, cpu)?),
+        "int8 rows" => select_over(dims, cpu, OwnedRows::int8(&keys, half_dim)),
+        _ => select_over(dims, cpu, OwnedRows::new(keys, half_dim)),
+    })
+}
+
+fn select_over<K: Table + 'static>(dims: SelectDims, cpu: &Arc<Cpu>, keys: K) -> Call
+where
+    Cpu: SelectRows<K>,
+{
+    let queries: Vec<_> = (0..QUERIES).map(|i| reals(dims.queries_len(), i as u64)).collect();
     let n = dims.bags_len();
     let (mut ids, mut scores, mut weights) = (vec![0; n], vec![0.0; n], vec![0.0; n]);
-    let (cpu, mut turn) = (cpu.clone(), 0);
-    if case.format == "int8" {
-        #[allow(clippy::cast_possible_truncation, reason = "-127 to 127")]
-        let codes: Vec<i8> = keys.iter().map(|x| (x * 127.0).round() as i8).collect();
-        let scales = vec![1.0 / 127.0; dims.key_rows()];
-        let req = SelectRows::<ScaledRows<'_, i8>>::select_scratch(&*cpu, dims);
-        let (mut reals, mut places) = (vec![0.0; req.reals], vec![0; req.ids]);
-        return Box::new(move || {
-            turn = (turn + 1) % QUERIES;
-            let Some(keys) = &ScaledRows::new(&codes, &scales, half_dim, half_dim) else { return Ok(()) };
-            let (ids, scores, weights) = (&mut ids[..], &mut scores[..], &mut weights[..]);
-            let scratch = Scratch { reals: &mut reals[..], ids: &mut places[..] };
-            Ok(cpu.select(Select { dims, queries: &queries[turn], keys, ids, scores, weights }, scratch)?)
-        });
-    }
-    let req = SelectRows::<DenseRows<'_, f32>>::select_scratch(&*cpu, dims);
+    let req = SelectRows::<K>::select_scratch(&**cpu, dims);
     let (mut reals, mut places) = (vec![0.0; req.reals], vec![0; req.ids]);
+    let (cpu, mut turn) = (cpu.clone(), 0);
     Box::new(move || {
         turn = (turn + 1) % QUERIES;
-        let keys = &DenseRows::new(&keys, half_dim);
         let (ids, scores, weights) = (&mut ids[..], &mut scores[..], &mut weights[..]);
         let scratch = Scratch { reals: &mut reals[..], ids: &mut places[..] };
-        Ok(cpu.select(Select { dims, queries: &queries[turn], keys, ids, scores, weights }, scratch)?)
+        Ok(cpu.select(Select { dims, queries: &queries[turn], keys: &keys, ids, scores, weights }, scratch)?)
     })
 }
 
