@@ -385,7 +385,7 @@ impl Cpu {
                 let next = from + count..(from + 2 * count).min(tokens);
                 dispatch!(self.token, s => for t in next {
                     let at = ((start + t) * dims.heads + h) * dims.parts * c;
-                    s.prefetch_all(Level::Second, &queries[at..at + dims.parts * c]);
+                    s.prefetch_all(Level::First, &queries[at..at + dims.parts * c]);
                 });
                 let mut coarse = [[Coarse::NONE; ROWS]; 2];
                 for (p, out) in [&mut *first, &mut *second].into_iter().take(dims.parts).enumerate() {
