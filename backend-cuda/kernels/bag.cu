@@ -1,6 +1,6 @@
 // Embedding bags: weighted sums of rows, and dots of rows with a vector.
 //
-// Contract. `table` holds `rows` rows (at least one) of `dim` codes of format ELEM, one after the other; `scales` is null
+// Contract. `table` holds `rows` rows (at least one) of `dim` codes of format ELEM, `stride` codes apart; `scales` is null
 // or holds ceil(dim / group) floats a row. `ids` and `weights` are `[tokens, bag]`. A team of `team` lanes (8, 16 or
 // 32, and 32 for bag_sum_few) works on one token; a lane reads NV neighbouring codes at once, so NV divides `dim` and `group`, and
 // table and rows are aligned to NV * SIZE bytes. `aligned` says whether `out` (`vectors`) and its rows are aligned to 16
@@ -18,7 +18,7 @@ template <int NV> __device__ __forceinline__ Raw<NV * SIZE> load_row(const u8* p
 
 template <int NV, int UNROLL>
 __device__ __forceinline__ void sum_rows(
-    const u8* __restrict__ table, const float* __restrict__ scales, u64 rows, u32 dim, u32 group,
+    const u8* __restrict__ table, const float* __restrict__ scales, u64 rows, u32 dim, u32 stride, u32 group,
     const u32* __restrict__ ids, const float* __restrict__ weights, float* __restrict__ out, u32 bag, u32 tokens,
     u32 accumulate, u32 team, u32 aligned, u32* flag, u32 op) {
     const u32 slices = (dim + team * NV - 1) / (team * NV);
@@ -31,7 +31,7 @@ __device__ __forceinline__ void sum_rows(
     ids += real ? token * bag : 0;
     weights += real ? token * bag : 0;
     const u8* codes = table + (mine ? (u64)column * SIZE : 0);
-    const u64 stride = (u64)dim * SIZE;
+    const u64 pitch = (u64)stride * SIZE;
     const u32 groups = scales ? (dim + group - 1) / group : 0;
     const float* scale = scales ? scales + (mine ? column / group : 0) : nullptr;
     const u32 last = (u32)(rows - 1);
@@ -60,7 +60,7 @@ __device__ __forceinline__ void sum_rows(
             float w[UNROLL];
 #pragma unroll
             for (int r = 0; r < UNROLL; r++)
-                raw[r] = load_row<NV>(codes + __shfl_sync(FULL, id, l + r, team) * stride);
+                raw[r] = load_row<NV>(codes + __shfl_sync(FULL, id, l + r, team) * pitch);
 #pragma unroll
             for (int r = 0; r < UNROLL; r++) w[r] = __shfl_sync(FULL, weight, l + r, team);
 #pragma unroll
@@ -76,7 +76,7 @@ __device__ __forceinline__ void sum_rows(
             const u32 row = __shfl_sync(FULL, id, l, team);
             float w = __shfl_sync(FULL, weight, l, team), x[NV];
             if (groups > 1) w *= __ldg(scale + (u64)row * groups);
-            decode<ELEM, NV>(load_once<NV * SIZE>(codes + row * stride), x);
+            decode<ELEM, NV>(load_once<NV * SIZE>(codes + row * pitch), x);
 #pragma unroll
             for (int i = 0; i < NV; i++) sum[i] += w * x[i];
         }
@@ -97,7 +97,7 @@ __device__ __forceinline__ void sum_rows(
 // The dot is a horizontal sum: fused, and reduced over the team in a fixed order.
 template <int NV>
 __device__ __forceinline__ void dot_rows(
-    const u8* __restrict__ table, const float* __restrict__ scales, u64 rows, u32 dim, u32 group,
+    const u8* __restrict__ table, const float* __restrict__ scales, u64 rows, u32 dim, u32 stride, u32 group,
     const u32* __restrict__ ids, const float* __restrict__ vectors, float* __restrict__ out, u32 bag, u32 tokens,
     u32 team, u32 aligned, u32* flag, u32 op) {
     const u32 tasks = (bag + ROWS - 1) / ROWS;
@@ -107,7 +107,7 @@ __device__ __forceinline__ void dot_rows(
     const bool real = task < (u64)tokens * tasks;
     const u64 token = real ? task / tasks : tokens - 1;
     const u32 first = (real ? (u32)(task % tasks) : tasks - 1) * ROWS;
-    const u64 stride = (u64)dim * SIZE;
+    const u64 pitch = (u64)stride * SIZE;
     const u32 groups = scales ? (dim + group - 1) / group : 0;
     const float* vector = vectors + token * dim;
     const u32 last = (u32)(rows - 1);
@@ -125,7 +125,7 @@ __device__ __forceinline__ void dot_rows(
     for (u32 column = lane * NV; column < dim; column += team * NV) {
         Raw<NV * SIZE> raw[ROWS];
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) raw[r] = load_once<NV * SIZE>(table + row[r] * stride + (u64)column * SIZE);
+        for (int r = 0; r < ROWS; r++) raw[r] = load_once<NV * SIZE>(table + row[r] * pitch + (u64)column * SIZE);
         float v[NV];
         read_floats<NV>(vector + column, aligned, v);
 #pragma unroll
@@ -197,14 +197,14 @@ __device__ __forceinline__ u32 column_of(const Place& place, int i) {
 
 // Without a bound ptxas spills a word on Hopper; with a lesser one it takes twice the registers.
 extern "C" __global__ void __launch_bounds__(128, 8)
-    bag_sum_packed(const u8* table, const float*, u64 rows, u32 dim, u32, const u32* ids, const float* weights, float* out,
-                   u32 bag, u32 tokens, u32 accumulate, u32 team, u32 even, u32* flag, u32 op) {
+    bag_sum_packed(const u8* table, const float*, u64 rows, u32 dim, u32 stride, u32, const u32* ids, const float* weights,
+                   float* out, u32 bag, u32 tokens, u32 accumulate, u32 team, u32 even, u32* flag, u32 op) {
     const u32 pairs = (dim + GROUP - 1) / GROUP * GROUP_LANES, slices = (pairs + team - 1) / team;
     const u64 task = ((u64)blockIdx.x * blockDim.x + threadIdx.x) / team, token = task / slices;
     const u32 lane = threadIdx.x % team, pair = (u32)(task % slices) * team + lane;
     const bool real = token < tokens, mine = real && pair < pairs;
     const Place place = place_of(mine ? pair : 0);
-    const u64 stride = (u64)(pairs / GROUP_LANES) * GROUP_BYTES;
+    const u64 pitch = stride;
     const u32 last = (u32)(rows - 1);
     ids += real ? token * bag : 0;
     weights += real ? token * bag : 0;
@@ -220,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(128, 8)
             // Behind the bag's end the last row is read again, and not added.
 #pragma unroll
             for (int r = 0; r < FLIGHT; r++) {
-                const u8* row = table + __shfl_sync(FULL, id, min(l + r, count - 1), team) * stride;
+                const u8* row = table + __shfl_sync(FULL, id, min(l + r, count - 1), team) * pitch;
                 scale[r] = load_pair(row + place.scale, even);
                 codes[r] = load_codes(row + place.codes, even);
             }
@@ -247,8 +247,8 @@ extern "C" __global__ void __launch_bounds__(128, 8)
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    bag_dot_packed(const u8* table, const float*, u64 rows, u32 dim, u32, const u32* ids, const float* vectors, float* out,
-                   u32 bag, u32 tokens, u32 team, u32 even, u32* flag, u32 op) {
+    bag_dot_packed(const u8* table, const float*, u64 rows, u32 dim, u32 stride, u32, const u32* ids, const float* vectors,
+                   float* out, u32 bag, u32 tokens, u32 team, u32 even, u32* flag, u32 op) {
     const u32 pairs = (dim + GROUP - 1) / GROUP * GROUP_LANES, tasks = (bag + ROWS - 1) / ROWS;
     const u64 task = ((u64)blockIdx.x * blockDim.x + threadIdx.x) / team;
     const u32 lane = threadIdx.x % team;
@@ -256,7 +256,7 @@ extern "C" __global__ void __launch_bounds__(128)
     const bool real = task < (u64)tokens * tasks;
     const u64 token = real ? task / tasks : tokens - 1;
     const u32 first = (real ? (u32)(task % tasks) : tasks - 1) * ROWS;
-    const u64 stride = (u64)(pairs / GROUP_LANES) * GROUP_BYTES;
+    const u64 pitch = stride;
     const u32 last = (u32)(rows - 1);
     const u32 wanted = lane < ROWS && first + lane < bag ? __ldg(ids + token * bag + first + lane) : 0u;
     if (wanted > last) raise_flag(flag, op, wanted, rows);
@@ -279,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(128)
         u32 codes[ROWS], scale[ROWS];
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            const u8* at = table + row[r] * stride;
+            const u8* at = table + row[r] * pitch;
             scale[r] = load_pair(at + place.scale, even);
             codes[r] = load_codes(at + place.codes, even);
         }
@@ -304,16 +304,17 @@ extern "C" __global__ void __launch_bounds__(128)
 #else
 #define SUM(NV)                                                                                                       \
     extern "C" __global__ void __launch_bounds__(SUM_BOUNDS) bag_sum_##NV(                                            \
-        const u8* table, const float* scales, u64 rows, u32 dim, u32 group, const u32* ids, const float* weights,     \
-        float* out, u32 bag, u32 tokens, u32 accumulate, u32 team, u32 aligned, u32* flag, u32 op) {                  \
-        sum_rows<NV, 8>(table, scales, rows, dim, group, ids, weights, out, bag, tokens, accumulate, team, aligned,   \
-                        flag, op);                                                                                    \
+        const u8* table, const float* scales, u64 rows, u32 dim, u32 stride, u32 group, const u32* ids,               \
+        const float* weights, float* out, u32 bag, u32 tokens, u32 accumulate, u32 team, u32 aligned, u32* flag,      \
+        u32 op) {                                                                                                     \
+        sum_rows<NV, 8>(table, scales, rows, dim, stride, group, ids, weights, out, bag, tokens, accumulate, team,    \
+                        aligned, flag, op);                                                                           \
     }
 #define DOT(NV)                                                                                                       \
     extern "C" __global__ void __launch_bounds__(DOT_BOUNDS) bag_dot_##NV(                                            \
-        const u8* table, const float* scales, u64 rows, u32 dim, u32 group, const u32* ids, const float* vectors,     \
-        float* out, u32 bag, u32 tokens, u32 team, u32 aligned, u32* flag, u32 op) {                                  \
-        dot_rows<NV>(table, scales, rows, dim, group, ids, vectors, out, bag, tokens, team, aligned, flag, op);       \
+        const u8* table, const float* scales, u64 rows, u32 dim, u32 stride, u32 group, const u32* ids,               \
+        const float* vectors, float* out, u32 bag, u32 tokens, u32 team, u32 aligned, u32* flag, u32 op) {            \
+        dot_rows<NV>(table, scales, rows, dim, stride, group, ids, vectors, out, bag, tokens, team, aligned, flag, op);\
     }
 
 SUM(1)
@@ -332,9 +333,10 @@ DOT(16)
 
 // For few tokens: narrow loads, so that there are many warps, and a whole warp's ids in flight at once.
 extern "C" __global__ void __launch_bounds__(128, 1)
-    bag_sum_few(const u8* table, const float* scales, u64 rows, u32 dim, u32 group, const u32* ids, const float* weights,
-                float* out, u32 bag, u32 tokens, u32 accumulate, u32 team, u32 aligned, u32* flag, u32 op) {
-    sum_rows<4 / SIZE, 32>(table, scales, rows, dim, group, ids, weights, out, bag, tokens, accumulate, team, aligned, flag,
-                           op);
+    bag_sum_few(const u8* table, const float* scales, u64 rows, u32 dim, u32 stride, u32 group, const u32* ids,
+                const float* weights, float* out, u32 bag, u32 tokens, u32 accumulate, u32 team, u32 aligned, u32* flag,
+                u32 op) {
+    sum_rows<4 / SIZE, 32>(table, scales, rows, dim, stride, group, ids, weights, out, bag, tokens, accumulate, team,
+                           aligned, flag, op);
 }
 #endif

@@ -88,6 +88,7 @@ pub struct CudaBuilder {
     stream: Option<Arc<CudaStream>>,
     cache: Option<PathBuf>,
     scores: Scores,
+    fetch: Option<usize>,
 }
 
 impl CudaBuilder {
@@ -110,6 +111,16 @@ impl CudaBuilder {
         self.scores = scores;
         self
     }
+    /// How many bytes at most a miss of the second-level cache should fetch: 32, 64 or 128. It changes no result. An H100 fetches
+    /// 64 where nothing is said. Scattered rows that end where they like are summed faster by 32: those of 100 values in bf16
+    /// by 7 %, and padded ones ([`Rows::padded`]) of 1000 values then as fast a byte as those of 1024, but for 1.4 %. Training over rows of
+    /// whole lines takes 1 or 2 % longer with it. The driver keeps this for the whole context, so for all that this process does
+    /// on the device. What the driver does not know is no error.
+    #[must_use]
+    pub const fn fetch(mut self, bytes: usize) -> Self {
+        self.fetch = Some(bytes);
+        self
+    }
     /// The device.
     ///
     /// # Errors
@@ -119,6 +130,9 @@ impl CudaBuilder {
             Some(stream) => Stream::adopt(stream)?,
             None => Stream::open(self.ordinal)?,
         };
+        if let Some(bytes) = self.fetch {
+            stream.fetch(bytes)?;
+        }
         let properties = stream.properties()?;
         let capability = properties.capability;
         if capability < (8, 0) {
@@ -155,7 +169,7 @@ impl Cuda {
     /// Device number `ordinal`, with a choice.
     #[must_use]
     pub fn builder(ordinal: usize) -> CudaBuilder {
-        CudaBuilder { ordinal, stream: None, cache: default_cache(), scores: Scores::Exact }
+        CudaBuilder { ordinal, stream: None, cache: default_cache(), scores: Scores::Exact, fetch: None }
     }
 
     /// The stream that all work goes to.

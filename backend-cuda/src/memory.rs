@@ -149,6 +149,8 @@ pub struct Rows<'a, E> {
     pub(crate) scales: Option<View<'a, f32>>,
     pub(crate) dim: usize,
     pub(crate) group: usize,
+    /// Codes from a row to the next.
+    pub(crate) stride: usize,
 }
 
 impl<E> Clone for Rows<'_, E> {
@@ -166,7 +168,7 @@ impl<'a, E: Element> Rows<'a, E> {
     #[must_use]
     pub fn new(codes: View<'a, E>, dim: usize) -> Self {
         assert!(dim > 0, "rows of no values");
-        Self { codes, scales: None, dim, group: dim }
+        Self { codes, scales: None, dim, group: dim, stride: E::codes(dim) }
     }
 
     /// `codes` as rows of `dim` values, with one of `scales` for each `group` of them.
@@ -178,14 +180,39 @@ impl<'a, E: Element> Rows<'a, E> {
             return None;
         }
         let needed = (codes.len() / dim).checked_mul(dim.div_ceil(group))?;
-        (scales.len() == needed).then_some(Self { codes, scales: Some(scales), dim, group })
+        (scales.len() == needed).then_some(Self { codes, scales: Some(scales), dim, group, stride: dim })
+    }
+
+    /// The same where a row begins `stride` codes behind the one before: what is between two rows is not read, and a last row
+    /// has its `stride` codes too. Memory gives lines of 128 bytes, and rows that begin with one touch the fewest of them
+    /// ([`crate::CudaBuilder::fetch`] says more). Sums and dots read such rows, selection does not, and none are trained.
+    ///
+    /// Returns `None` as [`Rows::scaled`], and if a row does not fit into its stride.
+    #[must_use]
+    pub fn padded(
+        codes: View<'a, E>,
+        scales: Option<View<'a, f32>>,
+        dim: usize,
+        group: usize,
+        stride: usize,
+    ) -> Option<Self> {
+        if dim == 0 || group == 0 || stride < E::codes(dim) || !codes.len().is_multiple_of(stride) {
+            return None;
+        }
+        let needed = (codes.len() / stride).checked_mul(dim.div_ceil(group))?;
+        scales.is_none_or(|scales| scales.len() == needed).then_some(Self { codes, scales, dim, group, stride })
+    }
+
+    /// Address and stride in one: a multiple of a power of two if all rows begin at one.
+    pub(crate) fn beginnings(&self) -> u64 {
+        self.codes.pointer() | (self.stride * size_of::<E>()) as u64
     }
 }
 
 impl<E: Element> Table for Rows<'_, E> {
     type Elem = E;
     fn rows(&self) -> usize {
-        self.codes.len() / E::codes(self.dim)
+        self.codes.len() / self.stride
     }
     fn dim(&self) -> usize {
         self.dim

@@ -192,16 +192,16 @@ def bags(width, slots, tokens):
         measured("Triton (bf16)", "bag_sum", nearest, "uniform", tokens, width, slots, lambda: ours)
 
 
-def backwards(width, slots, zipf):
+def backwards(tokens, width, slots, zipf):
     """Forward and backward of a bag with the gradient of its weights; gradients of the rows in a dense table."""
     ids = "zipf" if zipf else "uniform"
 
     def make(kind):
         table = torch.randn(slots, width, device="cuda", dtype=torch.bfloat16)
         grad, locks = torch.empty_like(table), torch.zeros(slots, device="cuda", dtype=torch.int32)
-        weights = torch.randn(TOKENS, BAG, device="cuda", dtype=torch.bfloat16)
-        dout = torch.randn(TOKENS, width, device="cuda", dtype=torch.bfloat16)
-        out, dweights, sets = torch.empty_like(dout), torch.empty_like(weights), id_sets(TOKENS, slots, zipf)
+        weights = torch.randn(tokens, BAG, device="cuda", dtype=torch.bfloat16)
+        dout = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+        out, dweights, sets = torch.empty_like(dout), torch.empty_like(weights), id_sets(tokens, slots, zipf)
 
         def call(s):
             triton_sum(table, sets[s], weights, out)
@@ -213,10 +213,10 @@ def backwards(width, slots, zipf):
         # Thousands of tokens that wait for one row: minutes.
         if not (zipf and kind == "locks"):
             by = f"Triton, {kind}, dense gradient"
-            measured(by, "forward+backward", ["bf16"], ids, TOKENS, width, slots, lambda: make(kind))
+            measured(by, "forward+backward", ["bf16"], ids, tokens, width, slots, lambda: make(kind))
 
 
-def steps(width, slots):
+def steps(tokens, width, slots):
     """Forward, backward and optimizer step."""
 
     def make(kind):
@@ -224,9 +224,9 @@ def steps(width, slots):
         table = torch.nn.Parameter(torch.randn(slots, width, device="cuda", dtype=dtype))
         sparse = kind == "SparseAdam"
         optimizer = torch.optim.SparseAdam([table], lr=1e-3) if sparse else torch.optim.AdamW([table], lr=1e-3, fused=True)
-        weights = torch.randn(TOKENS, BAG, device="cuda", dtype=dtype)
-        dout = torch.randn(TOKENS, width, device="cuda", dtype=dtype)
-        sets = id_sets(TOKENS, slots)
+        weights = torch.randn(tokens, BAG, device="cuda", dtype=dtype)
+        dout = torch.randn(tokens, width, device="cuda", dtype=dtype)
+        sets = id_sets(tokens, slots)
         if kind == "Triton":
             table.grad, out, dweights = torch.zeros_like(table), torch.empty_like(dout), torch.empty_like(weights)
 
@@ -251,7 +251,7 @@ def steps(width, slots):
         "Triton": "Triton, reverse indices, fused AdamW",
     }
     for kind in ("AdamW", "SparseAdam") + (("Triton",) if triton is not None else ()):
-        measured(name[kind], "step", ["bf16"], "uniform", TOKENS, width, slots, lambda: make(kind))
+        measured(name[kind], "step", ["bf16"], "uniform", tokens, width, slots, lambda: make(kind))
 
 
 def select(tokens, dtype):
@@ -299,9 +299,14 @@ def main():
     if wants("sparse", "step"):
         for width, slots in ((256, 20), (1024, 20), (4096, 20), (1024, 22), (1024, 24)):
             if triton is not None and slots < 24:
-                backwards(width, 1 << slots, False)
-                backwards(width, 1 << slots, True)
-            steps(width, 1 << slots)
+                backwards(TOKENS, width, 1 << slots, False)
+                backwards(TOKENS, width, 1 << slots, True)
+            steps(TOKENS, width, 1 << slots)
+        for tokens in () if args.quick else (1, 32, 32768):
+            for slots in (20, 24):
+                if triton is not None and slots < 24:
+                    backwards(tokens, 1024, 1 << slots, False)
+                steps(tokens, 1024, 1 << slots)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ pub(crate) enum BenchError {
     /// candle, as a peer.
     #[cfg(any(feature = "lm", feature = "candle"))]
     #[error("candle: {0}")]
-    Candle(#[from] candle_cpu::Error),
+    Candle(#[from] candle_core::Error),
     /// A plot could not be drawn.
     #[error("plot: {0}")]
     Plot(String),

@@ -115,6 +115,18 @@ impl Stream {
         })
     }
 
+    /// Wishes that misses of the second-level cache fetch `bytes` at most, in all of the context.
+    pub(crate) fn fetch(&self, bytes: usize) -> Result<(), CudaError> {
+        use sys::CUresult::{CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_UNSUPPORTED_LIMIT};
+        self.bind()?;
+        match result::ctx::set_limit(sys::CUlimit::CU_LIMIT_MAX_L2_FETCH_GRANULARITY, bytes) {
+            Err(error) if !matches!(error.0, CUDA_ERROR_INVALID_VALUE | CUDA_ERROR_UNSUPPORTED_LIMIT) => {
+                Err(driver("cuCtxSetLimit")(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn bind(&self) -> Result<(), CudaError> {
         self.context.bind_to_thread().map_err(driver("cuCtxSetCurrent"))
     }

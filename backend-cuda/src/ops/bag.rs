@@ -21,8 +21,9 @@ struct Reading {
 }
 
 impl Reading {
-    /// The widest loads that codes of `bytes` at `pointer`, in rows of `dim` and groups of `group`, can be read with, of at
-    /// most `most` codes, and that leave work for the least team.
+    /// The widest loads that codes of `bytes` can be read with, of at most `most` codes, and that leave work for the least team:
+    /// in rows of `dim` and groups of `group`, which begin at multiples of the powers of two that `pointer` is one of
+    /// ([`Rows::beginnings`]).
     fn widest(pointer: u64, bytes: usize, dim: usize, group: usize, most: usize) -> Self {
         let mut lane = (16 / bytes).min(most);
         while lane > 1 && (!fits(lane, pointer, bytes, dim, group) || dim / lane < 8) {
@@ -93,7 +94,7 @@ impl<E: Element> EmbeddingBag<Rows<'_, E>> for Cuda {
         if tokens == 0 {
             return Ok(());
         }
-        let (dim, bytes, pointer) = (table.dim, size_of::<E>(), table.codes.pointer());
+        let (dim, bytes, pointer) = (table.dim, size_of::<E>(), table.beginnings());
         let (reading, name) = match packed_group(E::FORMAT) {
             Some(group) => (Reading::packed(dim, group), "bag_dot_packed"),
             None => {
@@ -132,6 +133,7 @@ fn table_args<E: Element>(op: &'static str, table: &Rows<'_, E>) -> Result<Args,
         .read_or_null::<f32>(table.scales)
         .value(table.rows() as u64)
         .value(size(op, "width of the rows", table.dim)?)
+        .value(size(op, "stride of the rows", table.stride)?)
         .value(size(op, "group", table.group.min(table.dim))?))
 }
 
@@ -148,7 +150,7 @@ impl Cuda {
             return Ok(());
         }
         let (dim, bytes) = (table.dim, size_of::<E>());
-        let pointer = table.codes.pointer();
+        let pointer = table.beginnings();
         let mut reading = Reading::for_sums(pointer, bytes, dim, table.group);
         let mut name = named!("bag_sum", reading.lane);
         let mut columns = dim;

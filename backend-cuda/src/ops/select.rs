@@ -129,6 +129,9 @@ impl<E: Element> SelectRows<Rows<'_, E>> for Cuda {
         if dims.top_k > MAX_TOP_K {
             return Err(CudaError::Unsupported { op: OP, what: "so great a K" });
         }
+        if args.keys.stride != E::codes(args.keys.dim) {
+            return Err(CudaError::Unsupported { op: OP, what: "padded sub-keys" });
+        }
         if dims.tokens * dims.heads == 0 {
             return Ok(());
         }

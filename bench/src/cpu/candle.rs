@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_cpu::{D, Device, Result, Tensor};
+use candle_core::{D, Device, Result, Tensor};
 use memlayer_core::Random;
 use memlayer_core::ops::Dense;
 use memlayer_core::ops::dense::Linear;

@@ -24,39 +24,47 @@ impl Bench<'_> {
         }
         let widths: &[usize] = if self.options.quick { &[256, 1024] } else { &[64, 100, 256, 1000, 1024, 4096] };
         for &width in widths {
-            self.bags_of(TOKENS, width, 1 << 20, |x| x)?;
-            self.bags_of(TOKENS, width, 1 << 20, Bf16::from_f32)?;
-            self.bags_of(TOKENS, width, 1 << 20, F16::from_f32)?;
-            self.bags_of(TOKENS, width, 1 << 20, int8)?;
-            self.bags_of(TOKENS, width, 1 << 20, e4m3)?;
-            self.bags_of(TOKENS, width, 1 << 20, int4)?;
+            self.bags_of(TOKENS, (width, width), 1 << 20, |x| x)?;
+            self.bags_of(TOKENS, (width, width), 1 << 20, Bf16::from_f32)?;
+            self.bags_of(TOKENS, (width, width), 1 << 20, F16::from_f32)?;
+            self.bags_of(TOKENS, (width, width), 1 << 20, int8)?;
+            self.bags_of(TOKENS, (width, width), 1 << 20, e4m3)?;
+            self.bags_of(TOKENS, (width, width), 1 << 20, int4)?;
+            // Rows that begin with a line of memory, of which no more is fetched than they need.
+            if !width.is_multiple_of(64) {
+                let wide = width.next_multiple_of(128);
+                self.fetching(32)?;
+                self.bags_of(TOKENS, (width, width.next_multiple_of(64)), 1 << 20, Bf16::from_f32)?;
+                self.bags_of(TOKENS, (width, wide), 1 << 20, int8)?;
+                self.bags_of(TOKENS, (width, wide), 1 << 20, e4m3)?;
+                self.fetching(64)?;
+            }
         }
         for slots in [1 << 22, 1 << 24] {
-            self.bags_of(TOKENS, 1024, slots, Bf16::from_f32)?;
-            self.bags_of(TOKENS, 1024, slots, int8)?;
-            self.bags_of(TOKENS, 1024, slots, e4m3)?;
+            self.bags_of(TOKENS, (1024, 1024), slots, Bf16::from_f32)?;
+            self.bags_of(TOKENS, (1024, 1024), slots, int8)?;
+            self.bags_of(TOKENS, (1024, 1024), slots, e4m3)?;
         }
         for tokens in [1, 32, 32_768] {
-            self.bags_of(tokens, 1024, 1 << 20, Bf16::from_f32)?;
+            self.bags_of(tokens, (1024, 1024), 1 << 20, Bf16::from_f32)?;
         }
         Ok(())
     }
 
-    /// Sums and dots of bags in one format.
+    /// Sums and dots of bags in one format, of rows so many values wide and so many apart.
     fn bags_of<E: Element>(
         &self,
         tokens: usize,
-        width: usize,
+        (width, stride): (usize, usize),
         slots: usize,
         of: impl Fn(f32) -> E,
     ) -> Result<(), CudaError> {
-        let codes = self.codes(slots * E::codes(width), of)?;
+        let codes = self.codes(slots * E::codes(stride), of)?;
         let scaled = matches!(E::FORMAT, Format::Int8 | Format::E4m3 | Format::E5m2);
         let scales = self.cuda.upload(&vec![0.01f32; if scaled { slots } else { 0 }])?;
-        let table = match scaled {
-            true => Rows::scaled(codes.view(), scales.view(), width, width).expect("a scale for each row"),
-            false => Rows::new(codes.view(), width),
-        };
+        let scales = scaled.then_some(scales.view());
+        let table = Rows::padded(codes.view(), scales, width, width, E::codes(stride)).expect("a scale for each row");
+        let padded = stride > width;
         let entries = tokens * BAG;
         let weights = self.reals(entries, 3)?;
         let vectors = self.reals(tokens * width, 4)?;
@@ -68,7 +76,7 @@ impl Bench<'_> {
             let sets: Result<Vec<_>, _> = (0..SETS).map(|s| self.ids(entries, slots, zipf, s as u64)).collect();
             let sets = sets?;
             let row = Case {
-                op: "bag_sum",
+                op: if padded { "bag_sum, padded, fetch 32" } else { "bag_sum" },
                 format: E::FORMAT.name(),
                 ids: if zipf { "zipf" } else { "uniform" },
                 tokens,
@@ -87,7 +95,8 @@ impl Bench<'_> {
                     let (ids, vectors, out) = (sets[set].view(), vectors.view(), dots.view_mut());
                     self.cuda.bag_dot(&table, BagDot { bag: BAG, ids, vectors, out })
                 })?;
-                self.report(Case { op: "bag_dot", ..row }, bytes, ms);
+                let op = if padded { "bag_dot, padded, fetch 32" } else { "bag_dot" };
+                self.report(Case { op, ..row }, bytes, ms);
             }
         }
         Ok(())

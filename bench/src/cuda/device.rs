@@ -18,12 +18,18 @@ pub(super) struct Bench<'o> {
     /// GB/s of a device copy, read plus written.
     copy: f64,
     rows: RefCell<Vec<Measured>>,
+    notes: RefCell<Vec<String>>,
 }
 
 impl<'o> Bench<'o> {
     /// Device 0.
     pub(super) fn new(options: &'o Options) -> Result<Self, CudaError> {
-        Ok(Self { cuda: Cuda::new(0)?, options, copy: 1.0, rows: RefCell::default() })
+        Ok(Self { cuda: Cuda::new(0)?, options, copy: 1.0, rows: RefCell::default(), notes: RefCell::default() })
+    }
+
+    /// From here on misses of the second-level cache fetch so many bytes.
+    pub(super) fn fetching(&self, bytes: usize) -> Result<(), CudaError> {
+        Cuda::builder(0).stream(self.cuda.stream().clone()).fetch(bytes).build().map(|_| ())
     }
 
     pub(super) fn wants(&self, name: &str) -> bool {
@@ -58,22 +64,15 @@ impl<'o> Bench<'o> {
         self.rows.borrow_mut().push(row);
     }
 
+    /// Keeps what is to be said beside the times.
+    pub(super) fn note(&self, text: String) {
+        eprintln!("{text}");
+        self.notes.borrow_mut().push(text);
+    }
+
     /// Ids of `count` entries: uniform, or with the frequencies of Zipf's law, spread over the table.
     pub(super) fn ids(&self, count: usize, slots: usize, zipf: bool, seed: u64) -> Result<Buffer<u32>, CudaError> {
-        let mut random = Random::new(seed);
-        let ids: Vec<u32> = (0..count)
-            .map(|_| {
-                #[allow(clippy::cast_possible_truncation, reason = "a rank below the number of slots")]
-                let id = if zipf {
-                    let rank = (random.uniform() * (slots as f64).ln()).exp() as usize - 1;
-                    rank.wrapping_mul(0x9e37_79b1) % slots
-                } else {
-                    random.below(slots)
-                };
-                u32::try_from(id).expect("fewer than 2^32 slots")
-            })
-            .collect();
-        self.cuda.upload(&ids)
+        self.cuda.upload(&ids(count, slots, zipf, seed))
     }
 
     pub(super) fn reals(&self, count: usize, seed: u64) -> Result<Buffer<f32>, CudaError> {
@@ -111,8 +110,25 @@ impl<'o> Bench<'o> {
         Ok(())
     }
 
-    /// Everything that was measured.
-    pub(super) fn into_rows(self) -> Vec<Measured> {
-        self.rows.into_inner()
+    /// Everything that was measured, and the notes.
+    pub(super) fn into_found(self) -> (Vec<Measured>, Vec<String>) {
+        (self.rows.into_inner(), self.notes.into_inner())
     }
+}
+
+/// See [`Bench::ids`].
+pub(super) fn ids(count: usize, slots: usize, zipf: bool, seed: u64) -> Vec<u32> {
+    let mut random = Random::new(seed);
+    (0..count)
+        .map(|_| {
+            #[allow(clippy::cast_possible_truncation, reason = "a rank below the number of slots")]
+            let id = if zipf {
+                let rank = (random.uniform() * (slots as f64).ln()).exp() as usize - 1;
+                rank.wrapping_mul(0x9e37_79b1) % slots
+            } else {
+                random.below(slots)
+            };
+            u32::try_from(id).expect("fewer than 2^32 slots")
+        })
+        .collect()
 }

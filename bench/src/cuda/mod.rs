@@ -38,10 +38,17 @@ pub(crate) struct Options {
     /// A Python with PyTorch and Triton; without them ours alone is measured.
     #[arg(long, value_name = "PROGRAM", default_value = "python3")]
     python: PathBuf,
-    /// Only operations whose name contains this: bag_sum, bag_dot, sparse (gradients of rows), step, step cached, select, decode,
-    /// layer decode.
+    /// Only operations whose name contains this: bag_sum, bag_dot, sparse (gradients of rows), step, step cached, step cached
+    /// huge (with `--huge`), select, decode, layer decode.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
+    /// Also a step over a table of so many GiB in pinned memory of the host, with a cache of its rows on the device: a table
+    /// larger than the device.
+    #[arg(long, value_name = "GIB")]
+    huge: Option<usize>,
+    /// Rows that the device has room for then.
+    #[arg(long, value_name = "ROWS", default_value_t = 24 << 20)]
+    huge_cache: usize,
     /// Fewer widths and repetitions.
     #[arg(long)]
     quick: bool,
@@ -91,7 +98,7 @@ impl Other {
     fn is_of(&self, case: &Case) -> bool {
         // The peers' gradients, of sums and of rows, are bf16; ours are f32 unless it says so.
         let op = case.op.strip_suffix(", dY bf16").unwrap_or(case.op);
-        let op = op.strip_suffix(" to bf16").unwrap_or(op);
+        let op = op.strip_suffix(" to bf16").or(op.strip_suffix(", padded, fetch 32")).unwrap_or(op);
         (&*self.op, &*self.format, &*self.ids) == (op, case.format, case.ids)
             && (self.tokens, self.width, self.slots) == (case.tokens, case.width, case.slots)
     }
@@ -101,8 +108,11 @@ impl Measured {
     fn line(&self) -> String {
         let Case { op, format, ids, tokens, width, slots } = self.case;
         let of_copy = self.of_copy.map_or_else(String::new, |f| format!("{:6.1} % of a copy", 100.0 * f));
-        let slots = slots.max(1).ilog2();
-        format!("{op:<33} {format:<7} {ids:<8} T {tokens:<6} V {width:<5} 2^{slots:<3} {:>9.4} ms {of_copy}", self.ms)
+        let slots = match slots.max(1) {
+            slots if slots.is_power_of_two() => slots.ilog2().to_string(),
+            slots => format!("{:.2}", (slots as f64).log2()),
+        };
+        format!("{op:<33} {format:<7} {ids:<8} T {tokens:<6} V {width:<5} 2^{slots:<5} {:>9.4} ms {of_copy}", self.ms)
     }
 }
 
@@ -113,6 +123,7 @@ struct Report {
     command: String,
     rows: Vec<Measured>,
     peers: Vec<Other>,
+    notes: Vec<String>,
 }
 
 /// Runs the peers, then ours, and prints the table.
@@ -126,6 +137,7 @@ pub(crate) fn run(options: &Options) -> Result<(), BenchError> {
     bench.bags()?;
     bench.steps()?;
     bench.cached()?;
+    bench.huge()?;
     bench.selections()?;
     bench.decode()?;
     bench.layers()?;
@@ -134,7 +146,8 @@ pub(crate) fn run(options: &Options) -> Result<(), BenchError> {
     // candle is of this process: it comes behind ours, so that the device is as others left it.
     #[cfg(feature = "candle")]
     let peers = [peers, candle::others(options)?].concat();
-    let report = Report { device: name, command, rows: bench.into_rows(), peers };
+    let (rows, notes) = bench.into_found();
+    let report = Report { device: name, command, rows, peers, notes };
     let table = table(&report);
     println!("{table}");
     let json = serde_json::to_string(&report).map_err(|e| BenchError::Plot(e.to_string()))?;
@@ -200,6 +213,9 @@ fn table(report: &Report) -> String {
     let copy = report.peers.iter().filter(|other| other.op == "copy");
     for other in copy {
         let _ = writeln!(text, "{}: a copy of 1 GiB takes {:.4} ms", other.by, other.ms.unwrap_or(f64::NAN));
+    }
+    for note in &report.notes {
+        let _ = writeln!(text, "{note}");
     }
     text
 }

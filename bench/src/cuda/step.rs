@@ -18,24 +18,31 @@ impl Bench<'_> {
         }
         for zipf in [false, true] {
             for (width, slots) in [(256, 20), (1024, 20), (4096, 20), (1024, 22), (1024, 24)] {
-                self.step(width, 1 << slots, zipf)?;
+                self.step(TOKENS, width, 1 << slots, zipf)?;
+            }
+        }
+        if !self.options.quick {
+            for tokens in [1, 32, 32_768] {
+                for slots in [20, 24] {
+                    self.step(tokens, 1024, 1 << slots, false)?;
+                }
             }
         }
         Ok(())
     }
 
     /// The parts of a training step over a bf16 table, and the whole of it.
-    fn step(&self, width: usize, slots: usize, zipf: bool) -> Result<(), CudaError> {
+    fn step(&self, tokens: usize, width: usize, slots: usize, zipf: bool) -> Result<(), CudaError> {
         let cuda = &self.cuda;
         let mut codes = self.codes(slots * width, Bf16::from_f32)?;
         let mut state = cuda.zeros::<f32>(slots)?;
-        let entries = TOKENS * BAG;
+        let entries = tokens * BAG;
         let sets: Result<Vec<_>, _> = (0..SETS).map(|s| self.ids(entries, slots, zipf, s as u64)).collect();
-        let (sets, weights, dout) = (sets?, self.reals(entries, 3)?, self.reals(TOKENS * width, 4)?);
-        let mut out = cuda.zeros::<f32>(TOKENS * width)?;
+        let (sets, weights, dout) = (sets?, self.reals(entries, 3)?, self.reals(tokens * width, 4)?);
+        let mut out = cuda.zeros::<f32>(tokens * width)?;
         let mut dots = cuda.zeros::<f32>(entries)?;
         // The gradient of the sums as the peers have it. Where something reads it in f32 too, what is timed rounds it anew.
-        let mut rounded = cuda.zeros::<Bf16>(TOKENS * width)?;
+        let mut rounded = cuda.zeros::<Bf16>(tokens * width)?;
         cuda.round(dout.view(), rounded.view_mut())?;
         let mut plan_ids = cuda.zeros::<u32>(PlanBuffers::<Cuda>::ids_len(entries))?;
         let mut plan_scratch = cuda.zeros::<u32>(cuda.plan_scratch(entries).ids)?;
@@ -112,13 +119,13 @@ impl Bench<'_> {
         cuda.read(plan.plan().unique, &mut unique)?;
         let unique = f64::from(unique[0]);
         let (v, e) = (width as f64, entries as f64);
-        let (sum, dot) = (e * (v * 2.0 + 8.0) + TOKENS as f64 * v * 4.0, e * (v * 2.0 + 8.0) + TOKENS as f64 * v * 4.0);
+        let (sum, dot) = (e * (v * 2.0 + 8.0) + tokens as f64 * v * 4.0, e * (v * 2.0 + 8.0) + tokens as f64 * v * 4.0);
         // Sources are read from the second-level cache; from memory once.
-        let change = unique * (v * 4.0 + 16.0) + e * 8.0 + TOKENS as f64 * v * 4.0;
+        let change = unique * (v * 4.0 + 16.0) + e * 8.0 + tokens as f64 * v * 4.0;
         let ids = if zipf { "zipf" } else { "uniform" };
-        let row = Case { op: "", format: "bf16", ids, tokens: TOKENS, width, slots };
+        let row = Case { op: "", format: "bf16", ids, tokens, width, slots };
         // A source in bf16 is half as long; where it is made in the time that is taken, it is written too.
-        let (less, made) = (TOKENS as f64 * v * 2.0, TOKENS as f64 * v * 2.0);
+        let (less, made) = (tokens as f64 * v * 2.0, tokens as f64 * v * 2.0);
         macro_rules! case {
             ($op:literal, $bytes:expr, $set:pat_param, $what:block) => {{
                 let ms = self.time(|$set| {
@@ -137,7 +144,7 @@ impl Bench<'_> {
             case!("dot_reduce_and_update, dY bf16", change - less, _, { dot_and_change!(rounded) });
         }
         if self.wants("sparse") {
-            let bytes = unique * v * 4.0 + e * 8.0 + TOKENS as f64 * v * 4.0;
+            let bytes = unique * v * 4.0 + e * 8.0 + tokens as f64 * v * 4.0;
             let all = sum + dot + bytes;
             let mut grads = cuda.zeros::<f32>(entries * width)?;
             case!("reduce", bytes, _, { reduce!(dout, grads) });
