@@ -196,7 +196,9 @@ fn panels_are_of_one_number_of_sub_keys() {
         assert_eq!(ids, [9; 8]);
     }
     // No number of sub-keys that fits is no reason to panic.
-    for sub_keys in [0, 7, 10_000] {
-        assert!(PanelKeys::new(&Cpu::new().unwrap(), DenseRows::new(&keys, 8), sub_keys).is_ok());
+    for sub_keys in [0, 7, 10_000, usize::MAX] {
+        for keys in [&keys[..], &[]] {
+            assert!(PanelKeys::new(&Cpu::new().unwrap(), DenseRows::new(keys, 8), sub_keys).is_ok());
+        }
     }
 }

@@ -13,7 +13,7 @@ use crate::ops::select::{Layout, from_line};
 use crate::{Cpu, TableMemory};
 
 /// Sizes of the sub-keys of a layer as panels.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct PanelDims {
     /// `H·P`.
     pub(super) halves: usize,
@@ -77,27 +77,31 @@ pub struct PanelKeys<K> {
 #[derive(Debug)]
 struct Owned {
     int8: Int8,
+    dims: PanelDims,
     codes: TableMemory<u32>,
     scales: TableMemory<f32>,
     bounds: Vec<f32>,
 }
 
 impl<K: RowStore + Sync> PanelKeys<K> {
-    /// Lays out `keys`, rows `[H, P, N]` of width C, where `sub_keys` is N.
+    /// Lays out `keys`, rows `[H, P, N]` of width C, where `sub_keys` is N: a selection with another N is an [`ArgError::Shape`].
     ///
     /// # Errors
     /// The system's, if it gives no memory for them.
     pub fn new(cpu: &Cpu, keys: K, sub_keys: usize) -> io::Result<Self> {
         let (rows, dim) = (keys.rows(), keys.dim());
-        let whole = sub_keys > 0 && rows.is_multiple_of(sub_keys) && dim <= int8::MAX_DIM;
-        let Some(int8) = cpu.int8.filter(|_| whole) else { return Ok(Self { keys, sub_keys, panels: None }) };
+        // Of no rows any number would be whole, even one too great for panels.
+        let whole = rows > 0 && sub_keys > 0 && rows.is_multiple_of(sub_keys);
+        let Some(int8) = cpu.int8.filter(|_| whole && (1..=int8::MAX_DIM).contains(&dim)) else {
+            return Ok(Self { keys, sub_keys, panels: None });
+        };
         let dims = PanelDims { halves: rows / sub_keys, sub_keys, dim };
         let (panels, words) = (dims.panels(), dims.words());
-        let mut codes = TableMemory::zeroed(panels.saturating_mul(words))?;
+        let mut codes = TableMemory::zeroed(panels * words)?;
         let mut scales = TableMemory::zeroed(panels * WIDTH)?;
         let mut bounds = vec![0.0; panels * Bounds::LEN];
         cpu.lay_out_codes(dims, int8, &keys, (&mut codes, &mut scales, &mut bounds));
-        Ok(Self { keys, sub_keys, panels: Some(Owned { int8, codes, scales, bounds }) })
+        Ok(Self { keys, sub_keys, panels: Some(Owned { int8, dims, codes, scales, bounds }) })
     }
 
     /// The keys, as they are.
@@ -107,11 +111,9 @@ impl<K: RowStore + Sync> PanelKeys<K> {
 
     /// The panels, where they are those of `cpu`.
     fn panels(&self, cpu: &Cpu) -> Option<Panels<'_>> {
-        let Owned { int8, codes, scales, bounds } = self.panels.as_ref()?;
+        let Owned { int8, dims, codes, scales, bounds } = self.panels.as_ref()?;
         let same = cpu.int8.is_some_and(|other| core::mem::discriminant(&other) == core::mem::discriminant(int8));
-        let dims =
-            PanelDims { halves: self.keys.rows() / self.sub_keys, sub_keys: self.sub_keys, dim: self.keys.dim() };
-        same.then(|| Panels { int8: *int8, dims, codes, scales, bounds })
+        same.then_some(Panels { int8: *int8, dims: *dims, codes, scales, bounds })
     }
 }
 

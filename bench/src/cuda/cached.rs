@@ -48,7 +48,7 @@ impl Bench<'_> {
     /// The same over a table that is larger than the device, and what it left beside what the CPU makes of the same steps.
     pub(super) fn huge(&self) -> Result<(), CudaError> {
         let Some(gib) = self.options.huge.filter(|_| self.wants("step cached huge")) else { return Ok(()) };
-        let (cuda, slots) = (&self.cuda, (gib << 30) / (WIDTH * size_of::<Bf16>()));
+        let (cuda, slots) = (&self.cuda, ((gib as usize) << 30) / (WIDTH * size_of::<Bf16>()));
         let mut steps = Steps::new(self, slots, self.options.huge_cache)?;
         for zipf in [false, true] {
             let sets: Vec<_> = (0..WARM + SETS).map(|s| ids(ENTRIES, slots, zipf, s as u64)).collect();

@@ -44,8 +44,8 @@ pub(crate) struct Options {
     only: Option<String>,
     /// Also a step over a table of so many GiB in pinned memory of the host, with a cache of its rows on the device: a table
     /// larger than the device.
-    #[arg(long, value_name = "GIB")]
-    huge: Option<usize>,
+    #[arg(long, value_name = "GIB", value_parser = clap::value_parser!(u32).range(1..8192))]
+    huge: Option<u32>,
     /// Rows that the device has room for then.
     #[arg(long, value_name = "ROWS", default_value_t = 24 << 20)]
     huge_cache: usize,
