@@ -40,6 +40,35 @@ macro_rules! have {
 }
 
 impl Avx512 {
+    /// A bitonic sorter (Batcher 1968): merges of runs twice as long each time, which descend and ascend in turns.
+    #[inline(always)]
+    fn sort<const DOWN: bool>(self, v: __m512) -> __m512 {
+        let v = self.merge::<2, true>(v);
+        let v = self.merge::<4, true>(v);
+        let v = self.merge::<8, true>(v);
+        self.merge::<16, DOWN>(v)
+    }
+    /// Of each `RUN` lanes, that first ascend and then descend or the other way, a run that descends, and the next one ascends; the
+    /// first ascends if not `DOWN`.
+    #[inline(always)]
+    fn merge<const RUN: usize, const DOWN: bool>(self, v: __m512) -> __m512 {
+        let mut v = v;
+        if RUN >= 16 {
+            v = self.order(v, have!(self, _mm512_shuffle_f32x4::<0x4e>(v, v)), const { greater(RUN, 8, DOWN) });
+        }
+        if RUN >= 8 {
+            v = self.order(v, have!(self, _mm512_shuffle_f32x4::<0xb1>(v, v)), const { greater(RUN, 4, DOWN) });
+        }
+        if RUN >= 4 {
+            v = self.order(v, have!(self, _mm512_permute_ps::<0x4e>(v)), const { greater(RUN, 2, DOWN) });
+        }
+        self.order(v, have!(self, _mm512_permute_ps::<0xb1>(v)), const { greater(RUN, 1, DOWN) })
+    }
+    /// The greater of each lane of both where `greater` has a bit, the lesser elsewhere.
+    #[inline(always)]
+    fn order(self, v: __m512, other: __m512, greater: u16) -> __m512 {
+        have!(self, _mm512_mask_max_ps(_mm512_min_ps(v, other), greater, v, other))
+    }
     /// The 16 16-bit codes from `col` on.
     #[inline(always)]
     fn words<E: Element>(self, codes: &[E], col: usize) -> __m256i {
@@ -106,6 +135,20 @@ impl Avx512 {
             _mm512_mul_ps(_mm512_cvtph_ps(_mm256_set1_epi16(scale)), integers)
         })
     }
+}
+
+/// The lanes that keep the greater of theirs and that of the lane `distance` away, where runs of `run` lanes are merged that descend
+/// and ascend in turns, the first of them descending if `down`.
+const fn greater(run: usize, distance: usize, down: bool) -> u16 {
+    let (mut lanes, mut i) = (0, 0);
+    while i < 16 {
+        let descends = (i & run == 0) == down;
+        if (i & distance == 0) == descends {
+            lanes |= 1 << i;
+        }
+        i += 1;
+    }
+    lanes
 }
 
 impl Simd for Avx512 {
@@ -195,6 +238,13 @@ impl Simd for Avx512 {
             _mm512_storeu_si512(ids.as_mut_ptr().cast(), _mm512_maskz_compress_epi32(mask, all));
         }
         mask.count_ones() as usize
+    }
+    #[inline(always)]
+    fn sort_two(self, [a, b]: [__m512; 2]) -> Option<[__m512; 2]> {
+        let (a, b) = (self.sort::<true>(a), self.sort::<false>(b));
+        // One that descends and one that ascends: lane by lane the greater are the greater half of all.
+        let (high, low) = (self.max(a, b), have!(self, _mm512_min_ps(a, b)));
+        Some([self.merge::<16, true>(high), self.merge::<16, true>(low)])
     }
     #[inline(always)]
     fn turn(self, (from, from_stride): (&[f32], usize), (to, to_stride): (&mut [f32], usize)) {

@@ -226,6 +226,13 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         }
         n
     }
+    /// The lanes of both, greatest first, if there is a shorter way than to count for each how many go before it. Anything if one is
+    /// NaN.
+    #[inline(always)]
+    fn sort_two(self, both: [Self::V; 2]) -> Option<[Self::V; 2]> {
+        let _ = both;
+        None
+    }
     /// Turns a square of `LANES` rows and columns: `to[j · to_stride + i] = from[i · from_stride + j]`.
     ///
     /// # Panics

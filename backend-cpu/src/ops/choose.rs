@@ -175,7 +175,7 @@ impl<'a> Chooser<'a> {
         let rows = topk::all_from(s, first, k, bound.half(0, 1.0), a, &mut self.work);
         let columns = topk::all_from(s, second, k, bound.half(1, 1.0), b, &mut self.work);
         let (Some(rows), Some(_)) = (rows, columns) else { return false };
-        self.choose_pairs(s, rows, Some(bound), ids, scores)
+        self.choose_pairs(s, Some(rows), ids, scores)
     }
 
     /// The best pairs of the best of each half; false if a score or sum is NaN or infinite.
@@ -193,7 +193,7 @@ impl<'a> Chooser<'a> {
                 let Choice { sub_keys: n, top_k: k, .. } = self.choice;
                 topk::best(s, first, n, k, (&mut *self.first.0, &mut *self.first.1), &mut self.work)
                     & topk::best(s, second, n, k, (&mut *self.second.0, &mut *self.second.1), &mut self.work)
-                    && self.choose_pairs(s, k, None, ids, scores)
+                    && self.choose_pairs(s, None, ids, scores)
             },
         )
     }
@@ -220,7 +220,7 @@ impl<'a> Chooser<'a> {
         bag: &mut Bag<'_>,
     ) -> bool {
         let coarse = halves.map(|half| half.coarse);
-        let mut bound = self.coarse_bound(token, coarse, (&mut *first, &mut *second));
+        let bound = self.coarse_bound(token, coarse, (&mut *first, &mut *second));
         let mut rows = 0;
         for (p, (half, scores)) in halves.into_iter().zip([first, second]).take(self.choice.parts).enumerate() {
             let Some(len) = self.near(token, bound, (p, half.coarse), scores) else { return false };
@@ -233,10 +233,10 @@ impl<'a> Chooser<'a> {
                 return false;
             }
             if p == 0 {
-                (rows, bound) = (len, self.bound_of_exact(token, bound, coarse[1]));
+                rows = len;
             }
         }
-        self.finish(token, rows, bound, bag)
+        self.finish(token, rows, bag)
     }
 
     /// What a pair among the best has at least; nothing where there are no pairs.
@@ -253,13 +253,6 @@ impl<'a> Chooser<'a> {
         }
         second[n..].fill(f32::NEG_INFINITY);
         Some(dispatch!(token, s => self.bound(s, (first, second), coarse)))
-    }
-
-    /// The same with the first list, which is exact, and the leaders of the second half.
-    fn bound_of_exact(&mut self, token: Token, bound: Option<Bound>, coarse: Coarse) -> Option<Bound> {
-        bound?;
-        let errors = [0.0, coarse.error];
-        Some(dispatch!(token, s => Bound::new(s, (self.first.0, self.second.0), errors, self.rows, self.long.0)))
     }
 
     /// The positions of the sub-keys of half `p` that may be in a pair among the best, or among the best themselves, in
@@ -295,7 +288,7 @@ impl<'a> Chooser<'a> {
     }
 
     /// The bag, by the lists of the halves, of which the first has `rows`; false if a sum of two is infinite.
-    fn finish(&mut self, token: Token, rows: usize, bound: Option<Bound>, bag: &mut Bag<'_>) -> bool {
+    fn finish(&mut self, token: Token, rows: usize, bag: &mut Bag<'_>) -> bool {
         let k = self.choice.top_k;
         dispatch!(token, s => {
             let found = if self.choice.parts == 1 {
@@ -303,35 +296,26 @@ impl<'a> Chooser<'a> {
                 bag.ids.copy_from_slice(&self.first.1[..k]);
                 true
             } else {
-                self.choose_pairs(s, rows, bound, bag.ids, bag.scores)
+                self.choose_pairs(s, Some(rows), bag.ids, bag.scores)
             };
             softmax(bag.scores, bag.weights);
             found
         })
     }
 
-    /// The best pairs of two lists without NaN and positive infinity, the first of `rows`, which have what pairs are among
-    /// the best of all; these have at least the bound. False if they have an infinite sum.
+    /// The best pairs of two lists without NaN and positive infinity: of the best K of each half, or of what can be in a pair
+    /// among the best, and then the first has so many `rows`. False if they have an infinite sum.
     #[inline(always)]
-    fn choose_pairs<S: Simd>(
-        &mut self,
-        s: S,
-        rows: usize,
-        bound: Option<Bound>,
-        ids: &mut [u32],
-        scores: &mut [f32],
-    ) -> bool {
+    fn choose_pairs<S: Simd>(&mut self, s: S, rows: Option<usize>, ids: &mut [u32], scores: &mut [f32]) -> bool {
         let Choice { sub_keys: n, top_k: k, .. } = self.choice;
         let sums = &mut *self.long.0;
-        let len = pairs::sum(s, self.first.0, self.second.0, &self.rows[..rows.min(k)], sums);
+        let len = pairs::sum(s, self.first.0, self.second.0, &self.rows[..rows.unwrap_or(k).min(k)], sums);
         let sums = &sums[..len.next_multiple_of(S::LANES)];
         let best = (&mut *self.best.0, &mut *self.best.1);
-        let plain = match bound {
-            Some(bound) => topk::best_from(s, sums, len, k, bound.pair, best, &mut self.work),
-            None => topk::best(s, sums, len, k, best, &mut self.work),
-        };
+        let bound = pairs::reached(s, sums, k);
+        let plain = topk::best_from(s, sums, len, k, bound, best, &mut self.work);
         // A list that is not full ends in negative infinities, which are no scores of sub-keys.
-        if !plain || (bound.is_some() && self.best.0[k - 1] == f32::NEG_INFINITY) {
+        if !plain || (rows.is_some() && self.best.0[k - 1] == f32::NEG_INFINITY) {
             return false;
         }
         scores.copy_from_slice(&self.best.0[..k]);

@@ -2,8 +2,8 @@
 //! decide, so that the selection is theirs.
 //!
 //! With a query `q = s·a + r` and a sub-key `k = z·b + e`, `a` and `b` integers,
-//! `<q, k> - s·z·<a, b> = <r, k> + <s·a, e>`, in magnitude at most `min(|r|₁·|k|∞, |r|₂·|k|₂) + (|q|₂ + |r|₂)·|e|₂`; the
-//! rounding of sums of C products adds less than `2(C + 16)·ε·|q|₁·|k|∞`. Where `m` bounds that, a sub-key among the best
+//! `<q, k> - s·z·<a, b> = <r, k> + <s·a, e>`, in magnitude at most `|r|₂·|k|₂ + (|q|₂ + |r|₂)·|e|₂`; the rounding of sums
+//! of C products adds less than `2(C + 16)·ε·C·|q|∞·|k|∞`. Where `m` bounds that, a sub-key among the best
 //! K has a coarse score of at least the K-th best coarse one less `2m`.
 
 use memlayer_core::element::Format;
@@ -34,12 +34,10 @@ pub(super) struct Quantized {
     pub(super) scale: f32,
     /// `|x|∞`; infinite if the vector is not finite, or its values are too large or too small to be bounded.
     max: f32,
-    /// `|x|₁` and `|x|₂`.
-    sum: f32,
+    /// `|x|₂`.
     norm: f32,
-    /// The same of what is left, `|x - scale · codes|`.
-    rest_sum: f32,
-    rest_norm: f32,
+    /// `|r|₂` of what is left, `r = x - scale · codes`.
+    rest: f32,
 }
 
 /// What a set of sub-keys has at most.
@@ -59,9 +57,10 @@ impl Bounds {
     /// As scalars in scratch.
     pub(super) const LEN: usize = 3;
 
-    /// Of int8 codes with a scale.
-    pub(super) fn of_scale(scale: f32) -> Self {
-        Self { max: bounded(128.0 * scale.abs()), norm: f32::INFINITY, rest: 0.0 }
+    /// Of `dim` int8 codes with a scale.
+    pub(super) fn of_scale(scale: f32, dim: usize) -> Self {
+        let max = bounded(128.0 * scale.abs());
+        Self { max, norm: max * (dim as f32).sqrt(), rest: 0.0 }
     }
     /// Of int8 codes with their scales and the sums of their squares; the norms are squared.
     #[inline(always)]
@@ -73,7 +72,7 @@ impl Bounds {
             let square = scale * scale * square as f32;
             norm = if square > norm { square } else { norm };
         }
-        Self { norm, ..Self::of_scale(f32::from_bits(max)) }
+        Self { max: bounded(128.0 * f32::from_bits(max)), norm, rest: 0.0 }
     }
     pub(super) fn and(self, other: Self) -> Self {
         let Self { max, norm, rest } = self;
@@ -134,7 +133,7 @@ impl Buffer {
                 &self.values[..dim.next_multiple_of(LANES)]
             }
         };
-        let (scale, bounds) = dispatch!(token, s => quantize_key(s, values, &mut self.codes));
+        let (scale, bounds) = dispatch!(token, s => quantize_squared(s, values, &mut self.codes));
         (scale, bounds, &self.codes[..dim])
     }
 }
@@ -198,9 +197,9 @@ fn unless_nan(max: f32, rest: f32) -> f32 {
     if rest.is_nan() { f32::INFINITY } else { max }
 }
 
-/// [`quantize`] with what a sub-key needs and no more, as there are many: nothing here waits for the sub-key before.
+/// [`quantize`] with bounds whose norms are squared.
 #[inline(always)]
-fn quantize_key<S: Simd>(s: S, values: &[f32], codes: &mut [i8; MAX_DIM]) -> (f32, Bounds) {
+fn quantize_squared<S: Simd>(s: S, values: &[f32], codes: &mut [i8; MAX_DIM]) -> (f32, Bounds) {
     let (mut max, mut square) = (s.splat(0.0), s.splat(0.0));
     for values in values.chunks_exact(S::LANES) {
         let x = s.load(values);
@@ -217,29 +216,8 @@ fn quantize_key<S: Simd>(s: S, values: &[f32], codes: &mut [i8; MAX_DIM]) -> (f3
 /// Writes whole vectors of values as integers.
 #[inline(always)]
 fn quantize<'a, S: Simd>(s: S, values: &[f32], codes: &'a mut [i8; MAX_DIM]) -> (Quantized, &'a [i8]) {
-    let zero = s.splat(0.0);
-    let (mut max, mut sum, mut square) = (zero, zero, zero);
-    for values in values.chunks_exact(S::LANES) {
-        let x = s.load(values);
-        let size = magnitude(s, x);
-        (max, sum, square) = (s.max(max, size), s.add(sum, size), s.mul_add(x, x, square));
-    }
-    let max = bounded(greatest(s, max));
-    let scale = Scale::of(max);
-    let (mut rest_sum, mut rest_square) = (zero, zero);
-    scale.write(s, values, codes, |rest| {
-        (rest_sum, rest_square) = (s.add(rest_sum, magnitude(s, rest)), s.mul_add(rest, rest, rest_square));
-    });
-    let rest_norm = s.sum(rest_square).sqrt();
-    let quantized = Quantized {
-        scale: scale.scale,
-        max: unless_nan(max, rest_norm),
-        sum: s.sum(sum),
-        norm: s.sum(square).sqrt(),
-        rest_sum: s.sum(rest_sum),
-        rest_norm,
-    };
-    (quantized, &codes[..values.len()])
+    let (scale, Bounds { max, norm, rest }) = quantize_squared(s, values, codes);
+    (Quantized { scale, max, norm: norm.sqrt(), rest: rest.sqrt() }, &codes[..values.len()])
 }
 
 /// `|scale · codes|₂²`.
@@ -284,9 +262,9 @@ impl Coarse {
 impl Quantized {
     /// What its scores with sub-keys are.
     pub(super) fn coarse(&self, dim: usize, keys: Bounds) -> Coarse {
-        let rest = (self.rest_sum * keys.max).min(self.rest_norm * keys.norm);
-        let rest = rest + (self.norm + self.rest_norm) * keys.rest;
-        let rounding = 2.0 * (dim as f32 + 16.0) * f32::EPSILON * self.sum * keys.max;
+        let rest = self.rest * keys.norm + (self.norm + self.rest) * keys.rest;
+        let dim = dim as f32;
+        let rounding = 2.0 * (dim + 16.0) * f32::EPSILON * dim * self.max * keys.max;
         let error = ROUNDING * (rest + rounding);
         Coarse { scale: self.scale, error: if self.max < f32::INFINITY { error } else { f32::INFINITY } }
     }
@@ -317,7 +295,7 @@ pub(super) fn score_rows(
     buffer.quantize(token, query);
     int8.dots(&buffer.codes, query.len(), codes, out);
     if scales.is_empty() {
-        return Bounds::of_scale(1.0);
+        return Bounds::of_scale(1.0, query.len());
     }
     dispatch!(token, _s => {
         let mut max = 0;
@@ -326,7 +304,7 @@ pub(super) fn score_rows(
             // The bits of magnitudes are in their order, and those of NaN above all.
             max = scale.abs().to_bits().max(max);
         }
-        Bounds::of_scale(f32::from_bits(max))
+        Bounds::of_scale(f32::from_bits(max), query.len())
     })
 }
 
@@ -396,7 +374,7 @@ mod tests {
             let margin = Buffer::new().quantize(token(), &query).0.coarse(5, bounds).margin();
             assert!(!margin.is_finite(), "{x}: {margin}");
         }
-        let keys = Bounds::of_scale(f32::NAN);
+        let keys = Bounds::of_scale(f32::NAN, 5);
         assert!(!Buffer::new().quantize(token(), &[1.0; 5]).0.coarse(5, keys).error.is_finite());
     }
 }

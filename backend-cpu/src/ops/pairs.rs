@@ -99,7 +99,7 @@ impl Bound {
 
 /// The greatest of the first `k` sums, which descend, that at least `k` of all reach; the last is one.
 #[inline(always)]
-fn reached<S: Simd>(s: S, sums: &[f32], k: usize) -> f32 {
+pub(super) fn reached<S: Simd>(s: S, sums: &[f32], k: usize) -> f32 {
     let (mut first, mut left) = (0, k - 1);
     while left > 0 {
         let half = left / 2;

@@ -231,7 +231,7 @@ impl Panel<'_> {
                 int8.pack_column(codes, n, self.codes);
                 self.scales[n] = scale;
                 bounds = bounds
-                    .and(Bounds { norm: dispatch!(token, _s => square(scale, codes)), ..Bounds::of_scale(scale) });
+                    .and(Bounds { norm: dispatch!(token, _s => square(scale, codes)), ..Bounds::of_scale(scale, dim) });
             } else {
                 let (scale, squared, codes) = buffer.quantize_row(token, &row, dim);
                 int8.pack_column(codes, n, self.codes);

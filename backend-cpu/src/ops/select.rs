@@ -26,7 +26,7 @@ const KEYS: usize = 512;
 /// again and none is first made into integers. (One core of an AMD EPYC, 256 tokens, K = 32, with and without: 512 sub-keys of int8
 /// 2.0 and 2.3 ms, of f32 2.45 and 2.2; 1024 of f32 3.4 and 3.7.)
 const MANY: usize = 32;
-const MANY_CODES: usize = 16;
+const MANY_CODES: usize = 8;
 
 /// The same for at most [`SOME`] tokens where there are panels, as else these would be laid out in `f32` for few.
 /// (16 tokens, 256 sub-keys of int8: 0.105 and 0.198 ms; 256 tokens 1.59 and 1.51.)

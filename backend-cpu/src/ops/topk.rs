@@ -238,6 +238,12 @@ pub(super) fn bound_among<S: Simd>(
 /// Writes scores, whole vectors, greatest first.
 #[inline(always)]
 pub(super) fn sort<S: Simd>(s: S, scores: &[f32], to: &mut [f32], ranks: &mut [f32]) {
+    if scores.len() == 2 * S::LANES
+        && let Some([high, low]) = s.sort_two([s.load(scores), s.load(&scores[S::LANES..])])
+    {
+        s.store(high, to);
+        return s.store(low, &mut to[S::LANES..]);
+    }
     rank(s, scores, 0..scores.len(), ranks);
     for (rank, &score) in ranks.iter().zip(scores) {
         to[(rank.to_bits() - rank_bits(0)) as usize] = score;
