@@ -7,7 +7,7 @@ use memlayer_core::{RowStore, Scratch, ScratchReq};
 
 use crate::Cpu;
 use crate::isa::rows::columns;
-use crate::isa::{Simd, Token, dispatch};
+use crate::isa::{Lanes, Simd, Token, dispatch};
 use crate::math;
 use crate::ops::bag::Dot;
 use crate::ops::coarse::Coarse;
@@ -37,9 +37,14 @@ impl Choice {
         if most < half { most } else { half }
     }
 
-    /// Sums of pairs, or sub-keys that are scored again.
-    fn long(&self) -> usize {
-        self.most().max(self.pairs()).next_multiple_of(16) + 16
+    /// Places for sums of pairs.
+    fn sums(&self) -> usize {
+        self.pairs().next_multiple_of(16) + 16
+    }
+
+    /// Places for the sub-keys of a half that are scored again.
+    const fn near(&self) -> usize {
+        self.most().next_multiple_of(16) + 16
     }
 
     /// Whether there are so many `times` as many sub-keys as leaders: coarse scores spare work where many more are scored than
@@ -56,8 +61,8 @@ impl Choice {
     /// What a [`Chooser`] needs.
     pub(super) fn scratch(&self) -> ScratchReq {
         let (k, pairs) = (self.top_k, self.pairs());
-        let (lists, places) = (3 * topk::list(k) + 4 * k + self.long(), topk::work(k));
-        ScratchReq::new(lists + 2 * places, lists + places + pairs + k)
+        let (lists, places) = (3 * topk::list(k) + 4 * k + 2 * self.near(), topk::work(k));
+        ScratchReq::new(lists + 2 * places + self.sums(), lists + places + pairs + k)
     }
 }
 
@@ -96,8 +101,10 @@ pub(super) struct Chooser<'a> {
     best: List<'a>,
     /// `2K` candidates of each half.
     candidates: List<'a>,
-    /// [`Choice::long`].
-    long: List<'a>,
+    /// The sub-keys of each half that are scored again.
+    near: [List<'a>; 2],
+    /// Sums of pairs.
+    sums: &'a mut [f32],
     /// The pairs that can win, as `a << 16 | b`.
     pairs: &'a mut [u32],
     /// [`pairs::rows`].
@@ -112,17 +119,18 @@ impl<'a> Chooser<'a> {
         let (mut reals, mut ids) = (scratch.reals, scratch.ids);
         let mut list = |n| (take(&mut reals, n), take(&mut ids, n));
         let (first, second, best) = (list(topk::list(k)), list(topk::list(k)), list(topk::list(k)));
-        let (candidates, long) = (list(4 * k), list(choice.long()));
+        let (candidates, near) = (list(4 * k), [list(choice.near()), list(choice.near())]);
         let (work_scores, work_ids) = list(places);
         let work = topk::Work { scores: work_scores, ids: work_ids, ranks: take(&mut reals, places) };
         let (pairs, rows) = (take(&mut ids, choice.pairs()), take(&mut ids, k));
+        let sums = take(&mut reals, choice.sums());
         #[allow(clippy::cast_possible_truncation, reason = "K <= N <= 2^16 where keys have two parts")]
         if choice.parts == 2 {
             rows.iter_mut().zip(pairs::rows(k)).for_each(|(to, row)| *to = row as u32);
             let all = (0..).zip(&*rows).flat_map(|(a, &row)| (0..row).map(move |b| a << 16 | b));
             pairs.iter_mut().zip(all).for_each(|(code, pair)| *code = pair);
         }
-        Self { choice, first, second, best, candidates, long, pairs, rows, work }
+        Self { choice, first, second, best, candidates, near, sums, pairs, rows, work }
     }
 
     /// N.
@@ -206,7 +214,7 @@ impl<'a> Chooser<'a> {
         let (first, second) = (&mut self.first.0[..leaders], &mut self.second.0[..leaders]);
         pairs::lead(s, scores.0, a.scale, first, &mut self.work);
         pairs::lead(s, scores.1, b.scale, second, &mut self.work);
-        Bound::new(s, (first, second), [a.error, b.error], self.rows, self.long.0)
+        Bound::new(s, (first, second), [a.error, b.error], self.rows, self.sums)
     }
 
     /// [`Chooser::choose`] by coarse scores: what may be among the best is scored again. Returns whether it could; if
@@ -220,87 +228,74 @@ impl<'a> Chooser<'a> {
         bag: &mut Bag<'_>,
     ) -> bool {
         let coarse = halves.map(|half| half.coarse);
-        let bound = self.coarse_bound(token, coarse, (&mut *first, &mut *second));
-        let mut rows = 0;
-        for (p, (half, scores)) in halves.into_iter().zip([first, second]).take(self.choice.parts).enumerate() {
-            let Some(len) = self.near(token, bound, (p, half.coarse), scores) else { return false };
-            let (scores, ids) = (&mut self.long.0[..len], &self.long.1[..len]);
+        let Some(lens) = dispatch!(token, s => self.find_near(s, coarse, (first, second))) else { return false };
+        dispatch!(token, s => for (half, ((scores, ids), len)) in halves.iter().zip(self.near.iter_mut().zip(lens)) {
+            let (scores, ids) = (&mut scores[..len], &ids[..len]);
             #[allow(clippy::cast_possible_truncation, reason = "a row of a table: ids have 32 bits")]
             let row = |l: usize| ids.get(l).map(|id| half.first as u32 + id);
             let mut dot = Dot { table: keys, row, vector: half.query, out: scores, far: false };
-            dispatch!(token, s => columns(s, half.query.len(), &mut dot));
-            if !self.best_of_near(token, len, p) {
-                return false;
-            }
-            if p == 0 {
-                rows = len;
-            }
-        }
-        self.finish(token, rows, bag)
+            columns(s, half.query.len(), &mut dot);
+        });
+        self.choose_near(token, lens, bag)
     }
 
-    /// What a pair among the best has at least; nothing where there are no pairs.
-    fn coarse_bound(
+    /// Collects the positions of the sub-keys that may be in a pair among the best, or among the best themselves, as `near`,
+    /// and gives how many they are of each half.
+    #[inline(always)]
+    fn find_near<S: Simd>(
         &mut self,
-        token: Token,
+        s: S,
         coarse: [Coarse; 2],
         (first, second): (&mut [f32], &mut [f32]),
-    ) -> Option<Bound> {
-        let n = self.choice.sub_keys;
+    ) -> Option<[usize; 2]> {
+        let Choice { parts, sub_keys: n, top_k: k } = self.choice;
+        let most = self.choice.most();
         first[n..].fill(f32::NEG_INFINITY);
-        if self.choice.parts == 1 {
-            return None;
+        if parts == 1 {
+            let near = topk::near(s, first, k, coarse[0].margin(), self.near[0].1, most, &mut self.work);
+            return near.map(|len| [len, 0]);
         }
         second[n..].fill(f32::NEG_INFINITY);
-        Some(dispatch!(token, s => self.bound(s, (first, second), coarse)))
-    }
-
-    /// The positions of the sub-keys of half `p` that may be in a pair among the best, or among the best themselves, in
-    /// `long`, and how many they are.
-    fn near(
-        &mut self,
-        token: Token,
-        bound: Option<Bound>,
-        (p, coarse): (usize, Coarse),
-        scores: &[f32],
-    ) -> Option<usize> {
-        let (k, most, ids) = (self.choice.top_k, self.choice.most(), &mut *self.long.1);
-        dispatch!(token, s => match bound {
-            Some(bound) => topk::near_from(s, scores, bound.half(p, coarse.scale), ids, most),
-            None => topk::near(s, scores, k, coarse.margin(), ids, most, &mut self.work),
-        })
-    }
-
-    /// The best of `len` scores in `long` as list `p`; false if one is NaN or infinite.
-    fn best_of_near(&mut self, token: Token, len: usize, p: usize) -> bool {
-        let k = self.choice.top_k;
-        let (scores, near) = (&mut *self.long.0, &*self.long.1);
-        let best = if p == 0 { &mut self.first } else { &mut self.second };
-        let found = dispatch!(token, s => {
-            let padded = len.next_multiple_of(lanes(s));
-            scores[len..padded].fill(f32::NEG_INFINITY);
-            topk::best(s, &scores[..padded], len, k, (&mut *best.0, &mut *best.1), &mut self.work)
-        });
-        if found {
-            best.1[..k.min(len)].iter_mut().for_each(|id| *id = near[*id as usize]);
+        let bound = self.bound(s, (first, second), coarse);
+        let mut lens = [0; 2];
+        for (p, (scores, near)) in [first, second].into_iter().zip(&mut self.near).enumerate() {
+            lens[p] = topk::near_from(s, scores, bound.half(p, coarse[p].scale), near.1, most)?;
         }
-        found
+        Some(lens)
     }
 
-    /// The bag, by the lists of the halves, of which the first has `rows`; false if a sum of two is infinite.
-    fn finish(&mut self, token: Token, rows: usize, bag: &mut Bag<'_>) -> bool {
-        let k = self.choice.top_k;
+    /// The bag, by the scores of what is near, so many of each half; false if one is NaN, or one or a sum infinite.
+    fn choose_near(&mut self, token: Token, lens: [usize; 2], bag: &mut Bag<'_>) -> bool {
+        let Choice { parts, top_k: k, .. } = self.choice;
         dispatch!(token, s => {
-            let found = if self.choice.parts == 1 {
+            let found = if parts == 1 {
+                let found = self.best_of_near(s, lens[0], 0);
                 bag.scores.copy_from_slice(&self.first.0[..k]);
                 bag.ids.copy_from_slice(&self.first.1[..k]);
-                true
+                found
             } else {
-                self.choose_pairs(s, Some(rows), bag.ids, bag.scores)
+                self.best_of_near(s, lens[0], 0)
+                    && self.best_of_near(s, lens[1], 1)
+                    && self.choose_pairs(s, Some(lens[0]), bag.ids, bag.scores)
             };
             softmax(bag.scores, bag.weights);
             found
         })
+    }
+
+    /// The best of `len` that are near as list `p`; false if a score is NaN or infinite.
+    #[inline(always)]
+    fn best_of_near<S: Simd>(&mut self, s: S, len: usize, p: usize) -> bool {
+        let k = self.choice.top_k;
+        let (scores, near) = &mut self.near[p];
+        let best = if p == 0 { &mut self.first } else { &mut self.second };
+        let padded = len.next_multiple_of(S::LANES);
+        scores[len..padded].fill(f32::NEG_INFINITY);
+        let found = topk::best(s, &scores[..padded], len, k, (&mut *best.0, &mut *best.1), &mut self.work);
+        if found {
+            best.1[..k.min(len)].iter_mut().for_each(|id| *id = near[*id as usize]);
+        }
+        found
     }
 
     /// The best pairs of two lists without NaN and positive infinity: of the best K of each half, or of what can be in a pair
@@ -308,7 +303,7 @@ impl<'a> Chooser<'a> {
     #[inline(always)]
     fn choose_pairs<S: Simd>(&mut self, s: S, rows: Option<usize>, ids: &mut [u32], scores: &mut [f32]) -> bool {
         let Choice { sub_keys: n, top_k: k, .. } = self.choice;
-        let sums = &mut *self.long.0;
+        let sums = &mut *self.sums;
         let len = pairs::sum(s, self.first.0, self.second.0, &self.rows[..rows.unwrap_or(k).min(k)], sums);
         let sums = &sums[..len.next_multiple_of(S::LANES)];
         let best = (&mut *self.best.0, &mut *self.best.1);
@@ -342,34 +337,28 @@ impl<'a> Chooser<'a> {
     }
 }
 
-/// Scalars of a vector.
-#[inline(always)]
-const fn lanes<S: Simd>(_: S) -> usize {
-    S::LANES
-}
-
 /// Takes the first `n` places out of scratch that has been checked.
 fn take<'a, T>(from: &mut &'a mut [T], n: usize) -> &'a mut [T] {
     from.split_off_mut(..n).unwrap_or_default()
 }
 
-/// The softmax of `scores` into `weights`, the greatest subtracted first.
+/// The softmax of `scores`, best first, into `weights`, the first subtracted from all. The sum is of sixteen lanes on every
+/// instruction set.
 #[inline(always)]
 fn softmax(scores: &[f32], weights: &mut [f32]) {
-    let greatest = scores.iter().fold(f32::NEG_INFINITY, |m, &s| if s > m { s } else { m });
-    let mut sum = 0.0;
+    let greatest = scores.first().copied().unwrap_or_default();
+    let mut sums = [0.0; 16];
     for (weights, scores) in weights.chunks_mut(16).zip(scores.chunks(16)) {
         // Always sixteen, for a vector or two: a list is short.
-        let mut lanes = [greatest; 16];
+        let mut lanes = [f32::NEG_INFINITY; 16];
         lanes[..scores.len()].copy_from_slice(scores);
-        for lane in &mut lanes {
+        for (lane, sum) in lanes.iter_mut().zip(&mut sums) {
             *lane = math::exp(*lane - greatest);
+            *sum += *lane;
         }
-        for (weight, lane) in weights.iter_mut().zip(lanes) {
-            *weight = lane;
-            sum += lane;
-        }
+        weights.copy_from_slice(&lanes[..weights.len()]);
     }
+    let sum = Lanes::<16>.sum(sums);
     for weight in weights {
         *weight /= sum;
     }

@@ -104,17 +104,21 @@ impl Buffer {
 
     /// Writes `vector` as integers; all vectors of a buffer have one width.
     pub(super) fn quantize(&mut self, token: Token, vector: &[f32]) -> (Quantized, &[i8]) {
-        if vector.len().is_multiple_of(LANES) {
-            return dispatch!(token, s => quantize(s, vector, &mut self.codes));
-        }
-        self.values[..vector.len()].copy_from_slice(vector);
-        self.quantize_values(token, vector.len())
+        dispatch!(token, s => self.quantize_by(s, vector))
     }
 
-    fn quantize_values(&mut self, token: Token, dim: usize) -> (Quantized, &[i8]) {
-        let values = &self.values[..dim.next_multiple_of(LANES)];
-        let (quantized, codes) = dispatch!(token, s => quantize(s, values, &mut self.codes));
-        (quantized, &codes[..dim])
+    /// [`Buffer::quantize`] where the instruction set is known.
+    #[inline(always)]
+    pub(super) fn quantize_by<S: Simd>(&mut self, s: S, vector: &[f32]) -> (Quantized, &[i8]) {
+        let dim = vector.len();
+        let values = if dim.is_multiple_of(LANES) {
+            vector
+        } else {
+            self.values[..dim].copy_from_slice(vector);
+            &self.values[..dim.next_multiple_of(LANES)]
+        };
+        let (scale, Bounds { max, norm, rest }) = quantize_squared(s, values, &mut self.codes);
+        (Quantized { scale, max, norm: norm.sqrt(), rest: rest.sqrt() }, &self.codes[..dim])
     }
 
     /// Writes a row of `dim` values of any format as integers: their scale, their bounds with the norms squared, the codes.
@@ -197,7 +201,7 @@ fn unless_nan(max: f32, rest: f32) -> f32 {
     if rest.is_nan() { f32::INFINITY } else { max }
 }
 
-/// [`quantize`] with bounds whose norms are squared.
+/// Writes whole vectors of values as integers; gives their scale and bounds, the norms squared.
 #[inline(always)]
 fn quantize_squared<S: Simd>(s: S, values: &[f32], codes: &mut [i8; MAX_DIM]) -> (f32, Bounds) {
     let (mut max, mut square) = (s.splat(0.0), s.splat(0.0));
@@ -211,13 +215,6 @@ fn quantize_squared<S: Simd>(s: S, values: &[f32], codes: &mut [i8; MAX_DIM]) ->
     scale.write(s, values, codes, |rest| rest_square = s.mul_add(rest, rest, rest_square));
     let rest = s.sum(rest_square);
     (scale.scale, Bounds { max: unless_nan(max, rest), norm: s.sum(square), rest })
-}
-
-/// Writes whole vectors of values as integers.
-#[inline(always)]
-fn quantize<'a, S: Simd>(s: S, values: &[f32], codes: &'a mut [i8; MAX_DIM]) -> (Quantized, &'a [i8]) {
-    let (scale, Bounds { max, norm, rest }) = quantize_squared(s, values, codes);
-    (Quantized { scale, max, norm: norm.sqrt(), rest: rest.sqrt() }, &codes[..values.len()])
 }
 
 /// `|scale · codes|₂²`.

@@ -20,11 +20,13 @@ pub(super) fn rows(k: usize) -> impl Iterator<Item = usize> {
 /// Writes the sums of pairs of two lists, with `rows[a]` pairs of place `a` of the first, one row after the other, and
 /// negative infinity up to sixteen; returns how many.
 ///
-/// `second` is read, and `sums` written, in whole vectors.
+/// There is at least one row. The lists are read, and `sums` written, in whole vectors.
 #[inline(always)]
 pub(super) fn sum<S: Simd>(s: S, first: &[f32], second: &[f32], rows: &[u32], sums: &mut [f32]) -> usize {
+    // Rows of more than one pair. K is the length of the first.
+    let wide = rows.len().min(rows[0] as usize / 2);
     let mut len = 0;
-    for (&u, &row) in first.iter().zip(rows) {
+    for (&u, &row) in first.iter().zip(&rows[..wide]) {
         let (u, row) = (s.splat(u), row as usize);
         let mut b = 0;
         // What is too much is overwritten by the next row, or filled below.
@@ -34,6 +36,11 @@ pub(super) fn sum<S: Simd>(s: S, first: &[f32], second: &[f32], rows: &[u32], su
         }
         len += row;
     }
+    let v = s.splat(second[0]);
+    for a in (wide..rows.len()).step_by(S::LANES) {
+        s.store(s.add(s.load(&first[a..]), v), &mut sums[len + a - wide..]);
+    }
+    len += rows.len() - wide;
     sums[len..len.next_multiple_of(16)].fill(f32::NEG_INFINITY);
     len
 }

@@ -272,11 +272,11 @@ impl Panels<'_> {
         let (len, bounds) = (left_len(dim), padded / WIDTH * Bounds::LEN);
         let keys = Bounds::load(&self.bounds[half * bounds..(half + 1) * bounds]);
         let mut buffer = Buffer::new();
-        for ((query, to), scores) in queries.iter().zip(codes.chunks_exact_mut(len)).zip(&mut scores) {
-            let (quantized, codes) = buffer.quantize(token, query);
+        dispatch!(token, s => for ((query, to), scores) in queries.iter().zip(codes.chunks_exact_mut(len)).zip(&mut scores) {
+            let (quantized, codes) = buffer.quantize_by(s, query);
             pack_left(codes, to);
             *scores = quantized.coarse(dim, keys);
-        }
+        });
         let (words, panels) = (self.dims.words(), padded / WIDTH);
         let panels = self.codes[half * panels * words..].chunks_exact(words).take(panels);
         let scales = self.scales[half * padded..].chunks_exact(WIDTH);

@@ -270,7 +270,8 @@ pub(super) fn place<S: Simd>(
     rank(s, scores, 0..scores.len(), ranks);
     let (best_scores, best_ids) = (&mut best.0[..=k], &mut best.1[..=k]);
     best_scores[n.min(k)..].fill(f32::NEG_INFINITY);
-    for (i, (rank, &score)) in ranks[..n].iter().zip(scores).enumerate() {
+    // With what fills the last vector, which ranks behind: how many are real nobody can predict.
+    for (i, (rank, &score)) in ranks[..scores.len()].iter().zip(scores).enumerate() {
         // Place k is for those that are not among the best: cheaper than a branch nobody can predict.
         let at = ((rank.to_bits() - rank_bits(0)) as usize).min(k);
         best_scores[at] = score;
