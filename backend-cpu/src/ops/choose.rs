@@ -178,10 +178,10 @@ impl<'a> Chooser<'a> {
             return false;
         }
         let k = self.choice.top_k;
-        let bound = self.bound(s, (first, second), [Coarse::EXACT; 2]);
+        let bound = self.bound(s, (first, second), [1.0; 2]);
         let (a, b) = ((&mut *self.first.0, &mut *self.first.1), (&mut *self.second.0, &mut *self.second.1));
-        let rows = topk::all_from(s, first, k, bound.half(0, 1.0), a, &mut self.work);
-        let columns = topk::all_from(s, second, k, bound.half(1, 1.0), b, &mut self.work);
+        let rows = topk::all_from(s, first, k, bound.half(0), a, &mut self.work);
+        let columns = topk::all_from(s, second, k, bound.half(1), b, &mut self.work);
         let (Some(rows), Some(_)) = (rows, columns) else { return false };
         self.choose_pairs(s, Some(rows), ids, scores)
     }
@@ -206,19 +206,21 @@ impl<'a> Chooser<'a> {
         )
     }
 
-    /// What a pair among the best has at least, by scores of whole vectors.
+    /// What a pair among the best has at least, by scores of whole vectors, times their scales.
     #[inline(always)]
-    fn bound<S: Simd>(&mut self, s: S, scores: (&[f32], &[f32]), [a, b]: [Coarse; 2]) -> Bound {
+    fn bound<S: Simd>(&mut self, s: S, scores: (&[f32], &[f32]), scales: [f32; 2]) -> Bound {
         // The lists are not in use yet.
         let leaders = pairs::leaders(self.choice.top_k);
-        let (first, second) = (&mut self.first.0[..leaders], &mut self.second.0[..leaders]);
-        pairs::lead(s, scores.0, a.scale, first, &mut self.work);
-        pairs::lead(s, scores.1, b.scale, second, &mut self.work);
-        Bound::new(s, (first, second), [a.error, b.error], self.rows, self.sums)
+        pairs::lead(s, scores.0, scales[0], &mut self.first.0[..leaders], &mut self.work);
+        pairs::lead(s, scores.1, scales[1], &mut self.second.0[..leaders], &mut self.work);
+        Bound::new(s, (self.first.0, self.second.0), self.rows, self.sums)
     }
 
     /// [`Chooser::choose`] by coarse scores: what may be among the best is scored again. Returns whether it could; if
     /// not, the bag means nothing.
+    ///
+    /// What may be among the best is first guessed, narrowly. With the pairs that were found it is known: where the guess passed
+    /// anything over that could be in one of the best, it is all done again with what is known then.
     pub(super) fn choose_coarse<K: RowStore>(
         &mut self,
         token: Token,
@@ -228,40 +230,68 @@ impl<'a> Chooser<'a> {
         bag: &mut Bag<'_>,
     ) -> bool {
         let coarse = halves.map(|half| half.coarse);
-        let Some(lens) = dispatch!(token, s => self.find_near(s, coarse, (first, second))) else { return false };
-        dispatch!(token, s => for (half, ((scores, ids), len)) in halves.iter().zip(self.near.iter_mut().zip(lens)) {
-            let (scores, ids) = (&mut scores[..len], &ids[..len]);
-            #[allow(clippy::cast_possible_truncation, reason = "a row of a table: ids have 32 bits")]
-            let row = |l: usize| ids.get(l).map(|id| half.first as u32 + id);
-            let mut dot = Dot { table: keys, row, vector: half.query, out: scores, far: false };
-            columns(s, half.query.len(), &mut dot);
-        });
-        self.choose_near(token, lens, bag)
+        let mut least = dispatch!(token, s => self.guess(s, coarse, (first, second)));
+        for _ in 0..2 {
+            let from = [coarse[0].from(least[0]), coarse[1].from(least[1])];
+            let Some(lens) = self.find_near(token, from, (first, second)) else { return false };
+            dispatch!(token, s => for (half, ((scores, ids), len)) in halves.iter().zip(self.near.iter_mut().zip(lens)) {
+                let (scores, ids) = (&mut scores[..len], &ids[..len]);
+                #[allow(clippy::cast_possible_truncation, reason = "a row of a table: ids have 32 bits")]
+                let row = |l: usize| ids.get(l).map(|id| half.first as u32 + id);
+                let mut dot = Dot { table: keys, row, vector: half.query, out: scores, far: false };
+                columns(s, half.query.len(), &mut dot);
+            });
+            if !self.choose_near(token, lens, bag) {
+                return false;
+            }
+            if !self.missed([coarse[0].most(from[0]), coarse[1].most(from[1])], bag, &mut least) {
+                return true;
+            }
+        }
+        false
     }
 
-    /// Collects the positions of the sub-keys that may be in a pair among the best, or among the best themselves, as `near`,
-    /// and gives how many they are of each half.
+    /// What a sub-key in a pair among the best, or among the best itself, has at least, if the coarse scores are right.
     #[inline(always)]
-    fn find_near<S: Simd>(
-        &mut self,
-        s: S,
-        coarse: [Coarse; 2],
-        (first, second): (&mut [f32], &mut [f32]),
-    ) -> Option<[usize; 2]> {
+    fn guess<S: Simd>(&mut self, s: S, coarse: [Coarse; 2], (first, second): (&mut [f32], &mut [f32])) -> [f32; 2] {
         let Choice { parts, sub_keys: n, top_k: k } = self.choice;
-        let most = self.choice.most();
         first[n..].fill(f32::NEG_INFINITY);
         if parts == 1 {
-            let near = topk::near(s, first, k, coarse[0].margin(), self.near[0].1, most, &mut self.work);
-            return near.map(|len| [len, 0]);
+            return [coarse[0].scale * topk::bound(s, first, k, &mut self.work), 0.0];
         }
         second[n..].fill(f32::NEG_INFINITY);
-        let bound = self.bound(s, (first, second), coarse);
-        let mut lens = [0; 2];
-        for (p, (scores, near)) in [first, second].into_iter().zip(&mut self.near).enumerate() {
-            lens[p] = topk::near_from(s, scores, bound.half(p, coarse[p].scale), near.1, most)?;
+        let bound = self.bound(s, (first, second), coarse.map(|coarse| coarse.scale));
+        [bound.half(0), bound.half(1)]
+    }
+
+    /// Collects the positions of the sub-keys with coarse scores of at least `from` as `near`; how many of each half.
+    fn find_near(&mut self, token: Token, from: [f32; 2], (first, second): (&[f32], &[f32])) -> Option<[usize; 2]> {
+        let (parts, most) = (self.choice.parts, self.choice.most());
+        let [a, b] = &mut self.near;
+        dispatch!(token, s => {
+            let first = topk::near_from(s, first, from[0], a.1, most);
+            let second = if parts == 2 { topk::near_from(s, second, from[1], b.1, most) } else { Some(0) };
+            first.zip(second).map(|(a, b)| [a, b])
+        })
+    }
+
+    /// Whether anything that was not near could change the bag: in each half it has `most` at most. If so, `least` becomes what a
+    /// sub-key must have at least.
+    fn missed(&self, most: [f32; 2], bag: &Bag<'_>, least: &mut [f32; 2]) -> bool {
+        let Choice { parts, top_k: k, .. } = self.choice;
+        let others = if parts == 2 {
+            [self.second.0[0].max(most[1]), self.first.0[0].max(most[0])]
+        } else {
+            // Flat keys have no other half.
+            [0.0; 2]
+        };
+        let mut missed = false;
+        for p in 0..parts {
+            if let Some(known) = pairs::missed(most[p], others[p], bag.scores[k - 1]) {
+                (missed, least[p]) = (true, known);
+            }
         }
-        Some(lens)
+        missed
     }
 
     /// The bag, by the scores of what is near, so many of each half; false if one is NaN, or one or a sum infinite.

@@ -245,14 +245,17 @@ pub(super) struct Coarse {
 }
 
 impl Coarse {
-    /// Those that are the exact ones.
-    pub(super) const EXACT: Self = Self { scale: 1.0, error: 0.0 };
     /// Of no query.
     pub(super) const NONE: Self = Self { scale: 0.0, error: f32::INFINITY };
 
-    /// How far the score of a sub-key among the best can be below the K-th best one, in units of the scale.
-    pub(super) fn margin(&self) -> f32 {
-        2.0 * self.error / self.scale
+    /// The least coarse score of a sub-key with a score of `least`; NaN, or negative infinity, where nothing is known.
+    pub(super) fn from(&self, least: f32) -> f32 {
+        (least - self.error) / self.scale
+    }
+
+    /// The greatest score of a sub-key with a coarse one of `from`.
+    pub(super) fn most(&self, from: f32) -> f32 {
+        from * self.scale + self.error
     }
 }
 
@@ -368,8 +371,8 @@ mod tests {
         for x in [f32::NAN, f32::INFINITY, 1e20, 1e-20, 0.0] {
             let mut query = [0.0; 5];
             query[3] = x;
-            let margin = Buffer::new().quantize(token(), &query).0.coarse(5, bounds).margin();
-            assert!(!margin.is_finite(), "{x}: {margin}");
+            let from = Buffer::new().quantize(token(), &query).0.coarse(5, bounds).from(1.0);
+            assert!(!from.is_finite(), "{x}: {from}");
         }
         let keys = Bounds::of_scale(f32::NAN, 5);
         assert!(!Buffer::new().quantize(token(), &[1.0; 5]).0.coarse(5, keys).error.is_finite());

@@ -5,8 +5,8 @@
 //! greatest of the other half. Of 1024 random scores some 14 do for K = 32, fewer than the best K of the half, of which
 //! most are in no pair.
 //!
-//! With scores that are off, those of a half by `m` at most and those of the other by `n`, the K-th best pair is no less
-//! than `B - m - n`, and what a sub-key has and the greatest of the other half are off by `m` and `n` once more.
+//! Where scores are off, those of a half by `m` at most, `B` is a guess, and what a sub-key has may be `m` more. Whether the
+//! guess was good the pairs tell that were chosen by it, see [`missed`]: what they are is not left to it.
 
 use crate::isa::Simd;
 use crate::ops::topk::{self, Work};
@@ -65,43 +65,40 @@ pub(super) fn lead<S: Simd>(s: S, scores: &[f32], factor: f32, to: &mut [f32], w
 /// What a pair among the best has at least: NaN, or negative infinity, where nothing is known.
 #[derive(Clone, Copy)]
 pub(super) struct Bound {
-    /// Of the sum of exact scores.
-    pub(super) pair: f32,
-    /// What the halves add to it at most, by scores with errors.
+    /// Of the sum of scores.
+    pair: f32,
+    /// What the halves add to it at most.
     greatest: [f32; 2],
-    /// What these are off at most.
-    errors: [f32; 2],
 }
 
 impl Bound {
-    /// From scores of both halves, greatest first, each off by its error at most, that is from the [`leaders`] or the exact best.
-    /// `rows` are those of [`rows`], and `sums` has room for the sums of all pairs.
+    /// From scores of both halves, greatest first, the greatest among them. `rows` are those of [`rows`], and `sums` has room for the
+    /// sums of all pairs.
     #[inline(always)]
-    pub(super) fn new<S: Simd>(
-        s: S,
-        (first, second): (&[f32], &[f32]),
-        errors: [f32; 2],
-        rows: &[u32],
-        sums: &mut [f32],
-    ) -> Self {
+    pub(super) fn new<S: Simd>(s: S, (first, second): (&[f32], &[f32]), rows: &[u32], sums: &mut [f32]) -> Self {
         let len = sum(s, first, second, rows, sums).next_multiple_of(16);
-        let pair = reached(s, &sums[..len], rows.len()) - errors[0] - errors[1];
-        Self { pair, greatest: [first[0], second[0]], errors }.rounded()
+        let (pair, greatest) = (reached(s, &sums[..len], rows.len()), [first[0], second[0]]);
+        Self { pair: pair - ROUNDING * (pair.abs() + first[0].abs() + second[0].abs()), greatest }
     }
 
-    /// Less than any rounding of a sum or product of its numbers takes from it, here, in a scan or in the law.
+    /// Of the score of a sub-key of half `p`.
     #[inline(always)]
-    fn rounded(self) -> Self {
-        let Self { pair, greatest: [a, b], errors: [c, d] } = self;
-        Self { pair: pair - 8.0 * f32::EPSILON * (pair.abs() + a.abs() + b.abs() + c + d), ..self }
+    pub(super) fn half(self, p: usize) -> f32 {
+        self.pair - self.greatest[1 - p]
     }
+}
 
-    /// Of the score with its error of a sub-key of half `p`, times `factor`.
-    #[inline(always)]
-    pub(super) fn half(self, p: usize, factor: f32) -> f32 {
-        let Self { pair, greatest, errors } = self;
-        (pair - greatest[1 - p] - errors[1 - p] - errors[p]) / factor
-    }
+/// More than roundings take from or add to a few sums and products of numbers, as part of the sum of their magnitudes.
+const ROUNDING: f32 = 8.0 * f32::EPSILON;
+
+/// What a sub-key of a half must have at least so that one with less is in no pair among the best, of which K are known that reach
+/// `kth`; nothing if that is so for what was passed over in this half, which has `most` at most. `other` is the most that the other
+/// half adds.
+pub(super) fn missed(most: f32, other: f32, kth: f32) -> Option<f32> {
+    let slack = ROUNDING * (most.abs() + other.abs() + kth.abs());
+    let none = most + other + slack < kth;
+    // Twice: what is passed over then is to be less by more than the roundings.
+    (!none).then(|| kth - other - 2.0 * slack)
 }
 
 /// The greatest of the first `k` sums, which descend, that at least `k` of all reach; the last is one.

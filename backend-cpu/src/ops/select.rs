@@ -22,15 +22,12 @@ const FEW: usize = 16;
 /// Sub-keys that one piece of work scores for few tokens.
 const KEYS: usize = 512;
 
-/// How many times as many sub-keys as leaders make coarse scores worth it, and where they are of int8, so that fewer are scored
-/// again and none is first made into integers. (One core of an AMD EPYC, 256 tokens, K = 32, with and without: 512 sub-keys of int8
-/// 2.0 and 2.3 ms, of f32 2.45 and 2.2; 1024 of f32 3.4 and 3.7.)
-const MANY: usize = 32;
-const MANY_CODES: usize = 8;
+/// How many times as many sub-keys as leaders make coarse scores worth it. (One core of an AMD EPYC, 256 tokens, K = 32, with and
+/// without: 256 sub-keys of int8 that are laid out 1.19 and 1.51 ms, of f32 1.27 and 1.35; 512 of f32 1.60 and 2.09.)
+const MANY: usize = 8;
 
-/// The same for at most [`SOME`] tokens where there are panels, as else these would be laid out in `f32` for few.
-/// (16 tokens, 256 sub-keys of int8: 0.105 and 0.198 ms; 256 tokens 1.59 and 1.51.)
-const MANY_PANELS: usize = 8;
+/// With fewer tokens sub-keys that are not integers are not made such: it is as much work as to score some tokens. (32 tokens, 1024
+/// sub-keys of f32: 0.48 ms, coarsely 0.56; 64 tokens 0.96 and 0.82.)
 const SOME: usize = 64;
 
 /// Scalars of a cache line: scores that begin with one are read in vectors that each lie in one. Selection among 1024 sub-keys
@@ -90,12 +87,11 @@ impl Layout {
         let choice = Choice { parts, sub_keys, top_k };
         // Sub-keys that are integers need not be made such for each call.
         let as_they_lie = keys == Format::Int8 && cpu.int8.is_some();
-        let way = match cpu.int8 {
+        let coarse = cpu.int8.filter(|_| half_dim <= MAX_DIM && choice.has_many(MANY));
+        let way = match coarse {
+            Some(int8) if tokens >= if as_they_lie { FEW } else { SOME } => Way::Coarse(int8),
             _ if turned::TOKENS.contains(&tokens) && !as_they_lie => Way::Turned,
             _ if tokens < FEW => Way::Few,
-            Some(int8) if half_dim <= MAX_DIM && choice.has_many(if as_they_lie { MANY_CODES } else { MANY }) => {
-                Way::Coarse(int8)
-            }
             _ => Way::Product,
         };
         let halves = dims.heads * parts;
@@ -128,8 +124,7 @@ impl Layout {
     pub(super) fn of_panels(dims: SelectDims, cpu: &Cpu) -> Option<Self> {
         let SelectDims { tokens, parts, sub_keys, half_dim, top_k, .. } = dims;
         let choice = Choice { parts, sub_keys, top_k };
-        let times = if tokens <= SOME { MANY_PANELS } else { MANY_CODES };
-        let int8 = cpu.int8.filter(|_| half_dim <= MAX_DIM && choice.has_many(times))?;
+        let int8 = cpu.int8.filter(|_| half_dim <= MAX_DIM && choice.has_many(MANY))?;
         let padded = sub_keys.next_multiple_of(MAX_WIDTH);
         // Few tokens are for all threads too.
         let few = tokens.div_ceil(cpu.threads());
@@ -209,7 +204,7 @@ impl Cpu {
     ) {
         let dims = layout.dims;
         let (scores, bounds) = shared.split_at_mut(dims.tokens * dims.heads * dims.parts * layout.padded);
-        let many = dims.half_dim <= MAX_DIM && layout.choice.has_many(MANY_CODES);
+        let many = dims.half_dim <= MAX_DIM && layout.choice.has_many(MANY);
         let packed = many && coarse::lie_as_int8(args.keys, dims.key_rows());
         if let (Some(int8), true) = (self.int8, packed) {
             self.score_few_coarsely(layout, int8, args.queries, args.keys, (&mut *scores, &mut *bounds));
