@@ -98,7 +98,7 @@ pub(super) fn missed(most: f32, other: f32, kth: f32) -> Option<f32> {
     let slack = ROUNDING * (most.abs() + other.abs() + kth.abs());
     let none = most + other + slack < kth;
     // Twice: what is passed over then is to be less by more than the roundings.
-    (!none).then(|| kth - other - 2.0 * slack)
+    if none { None } else { Some(kth - other - 2.0 * slack) }
 }
 
 /// The greatest of the first `k` sums, which descend, that at least `k` of all reach; the last is one.
