@@ -26,7 +26,7 @@ pub(super) fn measure(
 ) -> core::result::Result<Pair, BenchError> {
     let mut ours = match case.op {
         "linear" => linear(case, cpu),
-        "bag_sum" => ops::bag_sum(case, cpu, tables)?,
+        "bag_sum" => ops::bag_sum(case, cpu, tables, ops::Of::Table)?,
         _ => ops::select(case, cpu)?,
     };
     let theirs = match case.op {

@@ -247,6 +247,7 @@ fn measure(
         ratio: None,
         spread: None,
         limit_fraction: None,
+        work_fraction: None,
         missing: None,
         target: case.target(),
     };
@@ -277,7 +278,7 @@ fn measure(
     }
     let mut call = match case.op {
         "select" => ops::select(case, cpu)?,
-        "bag_sum" => ops::bag_sum(case, cpu, tables)?,
+        "bag_sum" => ops::bag_sum(case, cpu, tables, ops::Of::Table)?,
         "layer" => layer::forward(case, cpu, tables)?,
         _ => layer::step(case, cpu, tables)?,
     };
@@ -290,6 +291,9 @@ fn measure(
             (row.ours_us, fraction) = (pair.ours, fraction.min(pair.ratio));
         }
         row.limit_fraction = Some(fraction);
+        let mut work = ops::bag_sum(case, cpu, tables, ops::Of::FirstCache)?;
+        let pair = time::pair(seconds, &mut ours, &mut |calls| time::clock(calls, &mut work))?;
+        row.work_fraction = Some(pair.ratio);
     }
     match peer {
         None => row.missing = Some("not there".to_owned()),

@@ -53,24 +53,41 @@ where
     })
 }
 
+/// Which rows are summed.
+#[derive(Clone, Copy)]
+pub(super) enum Of {
+    /// The case's.
+    Table,
+    /// As many, over and over the few that the first cache holds: what the instructions alone take.
+    FirstCache,
+}
+
+/// Bytes of rows that the first cache of any processor holds beside the rest of a bag.
+const FIRST_CACHE: usize = 16 << 10;
+
 /// `bag_sum` of rows of the case's format.
-pub(super) fn bag_sum(case: &Case, cpu: &Arc<Cpu>, tables: &mut Tables) -> Result<Call, BenchError> {
+pub(super) fn bag_sum(case: &Case, cpu: &Arc<Cpu>, tables: &mut Tables, of: Of) -> Result<Call, BenchError> {
     let rows = tables.get(case.format, case.v, case.slots)?;
+    let turns = match of {
+        Of::Table => Turns::new(case, 0),
+        Of::FirstCache => {
+            Turns::new(&Case { slots: (FIRST_CACHE / case.row_bytes).clamp(1, case.slots), ..case.clone() }, 0)
+        }
+    };
     Ok(match case.format {
-        "f32" => bag_of::<f32>(case, cpu, rows),
-        "bf16" => bag_of::<Bf16>(case, cpu, rows),
-        "f16" => bag_of::<F16>(case, cpu, rows),
-        "int8" => bag_of::<i8>(case, cpu, rows),
-        "e4m3" => bag_of::<E4m3>(case, cpu, rows),
-        "e5m2" => bag_of::<E5m2>(case, cpu, rows),
-        _ => bag_of::<Int4<INT4_GROUP>>(case, cpu, rows),
+        "f32" => bag_of::<f32>(case, cpu, rows, turns),
+        "bf16" => bag_of::<Bf16>(case, cpu, rows, turns),
+        "f16" => bag_of::<F16>(case, cpu, rows, turns),
+        "int8" => bag_of::<i8>(case, cpu, rows, turns),
+        "e4m3" => bag_of::<E4m3>(case, cpu, rows, turns),
+        "e5m2" => bag_of::<E5m2>(case, cpu, rows, turns),
+        _ => bag_of::<Int4<INT4_GROUP>>(case, cpu, rows, turns),
     })
 }
 
-fn bag_of<E: Element>(case: &Case, cpu: &Arc<Cpu>, rows: Rows) -> Call {
+fn bag_of<E: Element>(case: &Case, cpu: &Arc<Cpu>, rows: Rows, mut turns: Turns) -> Call {
     let (v, bag, cpu) = (case.v, case.bag(), cpu.clone());
     let (weights, mut out) = (reals(case.t * bag, 3), vec![0.0; case.t * v]);
-    let mut turns = Turns::new(case, 0);
     Box::new(move || {
         let ids = turns.next();
         let codes: &[E] = bytemuck::cast_slice(&rows.codes);
