@@ -11,7 +11,7 @@ mod common;
 use common::{Random, backends, bits};
 
 /// Sub-keys and K: enough sub-keys for coarse scores.
-const SIZES: [(usize, usize, usize); 4] = [(300, 3, 1), (517, 8, 8), (800, 16, 32), (1500, 20, 20)];
+const SIZES: [(usize, usize, usize); 5] = [(300, 3, 1), (300, 29, 1), (517, 17, 8), (800, 16, 32), (1500, 20, 20)];
 
 /// Ids and scores.
 fn selected<K: Table>(cpu: &Cpu, dims: SelectDims, queries: &[f32], keys: &K) -> (Vec<u32>, Vec<f32>)
@@ -57,7 +57,7 @@ fn each(mut run: impl FnMut(SelectDims, &mut Random, &[Cpu])) {
     let (cpus, random) = (backends(), &mut Random(11));
     for (sub_keys, half_dim, top_k) in SIZES {
         // Few, some whose scores are a product with the sub-keys where they lie, and many.
-        for (tokens, parts) in [(1, 2), (5, 1), (16, 1), (43, 2), (67, 2)] {
+        for (tokens, parts) in [(1, 2), (5, 1), (16, 1), (43, 2), (67, 2), (70, 1)] {
             run(SelectDims { tokens, heads: 2, parts, sub_keys, half_dim, top_k }, random, &cpus);
         }
     }

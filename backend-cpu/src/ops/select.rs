@@ -22,9 +22,17 @@ const FEW: usize = 16;
 /// Sub-keys that one piece of work scores for few tokens.
 const KEYS: usize = 512;
 
-/// How many times as many sub-keys as leaders make coarse scores worth it. (One core of an AMD EPYC, 256 tokens, K = 32, with and
-/// without: 256 sub-keys of int8 that are laid out 1.19 and 1.51 ms, of f32 1.27 and 1.35; 512 of f32 1.60 and 2.09.)
+/// How many times as many sub-keys as leaders make coarse scores worth it, and how many products of a query with all sub-keys of a half:
+/// else it takes longer to make integers and to score again. (One core of an AMD EPYC, 256 tokens, with and without, ms: K = 32, 256
+/// sub-keys of 64 values, int8 that are laid out 1.19 and 1.51, f32 1.27 and 1.35; 512 of f32 1.60 and 2.09; 512 of 16 1.20 and 1.43. K = 8,
+/// f32, 128 of 64 0.80 and 0.76, 512 of 16 0.96 and 0.91, 256 of 64 0.99 and 1.12.)
 const MANY: usize = 8;
+const PRODUCTS: usize = 8 * 1024;
+
+/// Whether sub-keys are scored coarsely where there are products of integers. For few tokens each product is an effort.
+fn coarse_pays(choice: Choice, half_dim: usize, tokens: usize) -> bool {
+    half_dim <= MAX_DIM && choice.has_many(MANY) && (tokens < SOME || choice.sub_keys * half_dim > PRODUCTS)
+}
 
 /// With fewer tokens sub-keys that are not integers are not made such: it is as much work as to score some tokens. (32 tokens, 1024
 /// sub-keys of f32: 0.48 ms, coarsely 0.56; 64 tokens 0.96 and 0.82.)
@@ -87,7 +95,7 @@ impl Layout {
         let choice = Choice { parts, sub_keys, top_k };
         // Sub-keys that are integers need not be made such for each call.
         let as_they_lie = keys == Format::Int8 && cpu.int8.is_some();
-        let coarse = cpu.int8.filter(|_| half_dim <= MAX_DIM && choice.has_many(MANY));
+        let coarse = cpu.int8.filter(|_| coarse_pays(choice, half_dim, tokens));
         let way = match coarse {
             Some(int8) if tokens >= if as_they_lie { FEW } else { SOME } => Way::Coarse(int8),
             _ if turned::TOKENS.contains(&tokens) && !as_they_lie => Way::Turned,
@@ -124,7 +132,7 @@ impl Layout {
     pub(super) fn of_panels(dims: SelectDims, cpu: &Cpu) -> Option<Self> {
         let SelectDims { tokens, parts, sub_keys, half_dim, top_k, .. } = dims;
         let choice = Choice { parts, sub_keys, top_k };
-        let int8 = cpu.int8.filter(|_| half_dim <= MAX_DIM && choice.has_many(MANY))?;
+        let int8 = cpu.int8.filter(|_| coarse_pays(choice, half_dim, tokens))?;
         let padded = sub_keys.next_multiple_of(MAX_WIDTH);
         // Few tokens are for all threads too.
         let few = tokens.div_ceil(cpu.threads());
@@ -204,7 +212,7 @@ impl Cpu {
     ) {
         let dims = layout.dims;
         let (scores, bounds) = shared.split_at_mut(dims.tokens * dims.heads * dims.parts * layout.padded);
-        let many = dims.half_dim <= MAX_DIM && layout.choice.has_many(MANY);
+        let many = coarse_pays(layout.choice, dims.half_dim, dims.tokens);
         let packed = many && coarse::lie_as_int8(args.keys, dims.key_rows());
         if let (Some(int8), true) = (self.int8, packed) {
             self.score_few_coarsely(layout, int8, args.queries, args.keys, (&mut *scores, &mut *bounds));
