@@ -91,6 +91,88 @@ __device__ __forceinline__ void sum_rows(
     write_floats<NV>(out, aligned, sum);
 }
 
+// A number as a type.
+template <int COUNT> struct Many {
+    static constexpr int N = COUNT;
+};
+
+// The same for loads of less than 16 bytes, rows of one scale at most, and teams that the compiler knows; a row's stride in
+// bytes has 32 bits. All rounds over a team's ids are written out, so rows of the next are asked for before those of one are
+// added, and scales are fetched a team's ids ahead. So narrow rows, which leave few warps to wait for them, are under way.
+template <int NV, int TEAM>
+__device__ __forceinline__ void sum_narrow(
+    const u8* __restrict__ table, const float* __restrict__ scales, u64 rows, u32 dim, u32 stride,
+    const u32* __restrict__ ids, const float* __restrict__ weights, float* __restrict__ out, u32 bag, u32 tokens,
+    u32 accumulate, u32 aligned, u32* flag, u32 op) {
+    constexpr int UNROLL = 8;
+    const u32 slices = (dim + TEAM * NV - 1) / (TEAM * NV);
+    const u64 task = ((u64)blockIdx.x * blockDim.x + threadIdx.x) / TEAM, token = task / slices;
+    const u32 lane = threadIdx.x % TEAM, column = ((u32)(task % slices) * TEAM + lane) * NV;
+    const bool real = token < tokens, mine = real && column < dim;
+    ids += real ? token * bag : 0;
+    weights += real ? token * bag : 0;
+    const u8* codes = table + (mine ? (u64)column * SIZE : 0);
+    const u32 pitch = stride * SIZE, last = (u32)(rows - 1);
+    u32 greatest = 0;
+
+    const auto id_at = [&](u32 at) { return at < bag ? __ldg(ids + at) : 0u; };
+    const auto weight_at = [&](u32 at) { return at < bag ? __ldg(weights + at) : 0.0f; };
+    const auto row_of = [&](u32 wanted) {
+        greatest = max(greatest, wanted);
+        return min(wanted, last);
+    };
+    const auto scale_of = [&](u32 row) { return scales ? __ldg(scales + row) : 1.0f; };
+    float sum[NV];
+#pragma unroll
+    for (int i = 0; i < NV; i++) sum[i] = 0.0f;
+    // N rows from the team's number `l` on, each weighed by what a lane holds.
+    const auto add = [&](auto many, u32 row, float weight, u32 l) {
+        constexpr int N = decltype(many)::N;
+        Raw<NV * SIZE> raw[N];
+#pragma unroll
+        for (int r = 0; r < N; r++)
+            raw[r] = load_once<NV * SIZE>(codes + (u64)__shfl_sync(FULL, row, l + r, TEAM) * pitch);
+#pragma unroll
+        for (int r = 0; r < N; r++) {
+            const float w = __shfl_sync(FULL, weight, l + r, TEAM);
+            float x[NV];
+            decode<ELEM, NV>(raw[r], x);
+#pragma unroll
+            for (int i = 0; i < NV; i++) sum[i] += w * x[i];
+        }
+    };
+
+    u32 row = row_of(id_at(lane)), next_id = id_at(TEAM + lane), base = 0;
+    float weight = weight_at(lane), scale = scale_of(row), next_weight = weight_at(TEAM + lane);
+#pragma unroll 1
+    for (; base + TEAM <= bag; base += TEAM) {
+        const u32 next_row = row_of(next_id);
+        const float next_scale = scale_of(next_row), factor = weight * scale;
+        weight = next_weight;
+        next_id = id_at(base + 2 * TEAM + lane);
+        next_weight = weight_at(base + 2 * TEAM + lane);
+#pragma unroll
+        for (int l = 0; l < TEAM; l += UNROLL) add(Many<UNROLL>(), row, factor, l);
+        row = next_row;
+        scale = next_scale;
+    }
+    // What is left of a bag.
+    const u32 count = bag - base;
+    u32 l = 0;
+#pragma unroll 1
+    for (; l + UNROLL <= count; l += UNROLL) add(Many<UNROLL>(), row, weight * scale, l);
+#pragma unroll 1
+    for (; l < count; l++) add(Many<1>(), row, weight * scale, l);
+    if (real && greatest > last) raise_flag(flag, op, greatest, rows);
+    if (!mine) return;
+    out += token * dim + column;
+    if (accumulate) {
+#pragma unroll
+        for (int i = 0; i < NV; i++) sum[i] = out[i] + sum[i];
+    }
+    write_floats<NV>(out, aligned, sum);
+}
+
 // Rows of a bag that a team takes at once.
 #define ROWS 8
 
@@ -317,6 +399,14 @@ extern "C" __global__ void __launch_bounds__(128)
         dot_rows<NV>(table, scales, rows, dim, stride, group, ids, vectors, out, bag, tokens, team, aligned, flag, op);\
     }
 
+#define SUM_NARROW(NV, TEAM)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(SUM_BOUNDS) bag_sum_##NV##_##TEAM(                                   \
+        const u8* table, const float* scales, u64 rows, u32 dim, u32 stride, u32, const u32* ids,                     \
+        const float* weights, float* out, u32 bag, u32 tokens, u32 accumulate, u32, u32 aligned, u32* flag, u32 op) { \
+        sum_narrow<NV, TEAM>(table, scales, rows, dim, stride, ids, weights, out, bag, tokens, accumulate, aligned,   \
+                             flag, op);                                                                               \
+    }
+
 SUM(1)
 SUM(2)
 SUM(4)
@@ -326,9 +416,14 @@ DOT(4)
 #if SIZE <= 2
 SUM(8)
 DOT(8)
+SUM_NARROW(4, 8)
+SUM_NARROW(4, 16)
+SUM_NARROW(4, 32)
 #endif
 #if SIZE == 1
 DOT(16)
+SUM_NARROW(8, 16)
+SUM_NARROW(8, 32)
 #endif
 
 // For few tokens: narrow loads, so that there are many warps, and a whole warp's ids in flight at once.

@@ -3,7 +3,8 @@
 // Contract. A plan of `n` entries over a table of `rows` rows is made in three steps for each digit of the row ids
 // (histogram, scan, scatter), least digit first, and two more for the unique rows (heads, write). A tile is TILE entries
 // and belongs to one block of THREADS threads, a warp of it to WARP_ITEMS neighbouring entries. `counts` is
-// `[digits, tiles]`. An id that is no row raises the flag and is planned as row 0.
+// `[digits, tiles]`. An id that is no row raises the flag and is planned as row 0. A plan of at most FEW entries is made by one
+// block in one launch (plan_few), the same to the last entry.
 //
 // Plans stay on the device: kernels over the rows of a plan are launched for its entries and read how many rows there are.
 // They trust no plan: entries and rows are checked against the lengths of the arrays. Compiled behind sums.cuh.
@@ -71,6 +72,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_scan(u32* __restrict_
     if (threadIdx.x == 0) totals[blockIdx.x] = before;
 }
 
+// The lanes whose digit, of eight bits at most, is this lane's; only lanes that are `valid` count. A ballot a bit:
+// `__match_any_sync` takes a turn for each digit there is.
+__device__ __forceinline__ u32 lanes_alike(u32 digit, bool valid) {
+    u32 alike = __ballot_sync(FULL, valid);
+#pragma unroll
+    for (int b = 0; b < 8; b++) {
+        const bool one = digit >> b & 1u;
+        const u32 ones = __ballot_sync(FULL, one);
+        alike &= one ? ones : ~ones;
+    }
+    return alike;
+}
+
 // Puts every entry behind those of smaller digits, of earlier tiles, and of its own tile before it. In the first pass the
 // entries are their own positions. A tile is put in order in shared memory first, so that what goes to neighbouring places
 // is written together.
@@ -102,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_scatter(
     for (int j = 0; j < ITEMS; j++) {
         const bool valid = base + j * 32 < n;
         const u32 digit = (key[j] >> shift) & (digits - 1);
-        const u32 peers = __match_any_sync(FULL, valid ? digit : FULL);
+        const u32 peers = lanes_alike(digit, valid);
         const u32 before = __popc(peers & ((1u << lane) - 1));
         rank[j] = warp_counts[warp][digit] + before;
         __syncwarp();
@@ -192,6 +206,124 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_write(
     if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) {
         *unique = before + total;
         starts[before + total] = n;
+    }
+}
+
+// Plans of few entries. The block is as wide as they need, from 256 threads on, and all is in its shared memory: eleven
+// launches, one behind the other, would take far longer than what they do.
+#define FEW_THREADS 1024
+#define FEW_ITEMS 4
+#define FEW (FEW_THREADS * FEW_ITEMS)
+
+// The sum over the block of `x` of the threads before this one; `total` of all. For blocks of any number of warps.
+__device__ __forceinline__ u32 scan_warps(u32 x, u32* warp_sums, u32& total) {
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const auto scan = [&](u32 sum) {
+#pragma unroll
+        for (int o = 1; o < 32; o <<= 1) {
+            const u32 before = __shfl_up_sync(FULL, sum, o);
+            if (lane >= o) sum += before;
+        }
+        return sum;
+    };
+    const u32 sum = scan(x);
+    __syncthreads();
+    if (lane == 31) warp_sums[warp] = sum;
+    __syncthreads();
+    const u32 sums = scan(lane < blockDim.x / 32 ? warp_sums[lane] : 0u);
+    total = __shfl_sync(FULL, sums, 31);
+    const u32 base = __shfl_sync(FULL, sums, (warp + 31) % 32);
+    return (warp > 0 ? base : 0u) + sum - x;
+}
+
+// A warp takes `items` times 32 neighbouring entries; a lane holds every 32nd of them, and in each pass those that are
+// there in the order so far.
+extern "C" __global__ void __launch_bounds__(FEW_THREADS) plan_few(
+    const u32* __restrict__ ids, u32 n, u64 rows, u32 passes, u32 bits, u32* __restrict__ unique,
+    u32* __restrict__ rows_out, u32* __restrict__ starts, u32* __restrict__ entries_out, u32* flag, u32 op) {
+    __shared__ u32 keys[FEW];
+    __shared__ u16 entries[FEW];
+    __shared__ u16 warp_counts[FEW_THREADS / 32][256];
+    __shared__ u32 digit_starts[256];
+    __shared__ u32 warp_sums[32];
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const u32 items = (n + blockDim.x - 1) / blockDim.x, base = warp * items * 32 + lane, digits = 1u << bits;
+    u32 key[FEW_ITEMS], entry[FEW_ITEMS];
+    const auto valid = [&](int j) { return j < items && base + j * 32 < n; };
+#pragma unroll
+    for (int j = 0; j < FEW_ITEMS; j++) {
+        entry[j] = base + j * 32;
+        key[j] = valid(j) ? checked(__ldg(ids + entry[j]), rows, flag, op) : 0u;
+    }
+    for (u32 pass = 0; pass < passes; pass++) {
+        const u32 shift = pass * bits;
+        u32 rank[FEW_ITEMS];
+        for (u32 digit = lane; digit < digits; digit += 32) warp_counts[warp][digit] = 0;
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < FEW_ITEMS; j++) {
+            if (j >= items) break;
+            const u32 digit = (key[j] >> shift) & (digits - 1);
+            const u32 peers = lanes_alike(digit, valid(j));
+            const u32 before = __popc(peers & ((1u << lane) - 1));
+            rank[j] = warp_counts[warp][digit] + before;
+            __syncwarp();
+            if (valid(j) && before == 0) warp_counts[warp][digit] += __popc(peers);
+            __syncwarp();
+        }
+        __syncthreads();
+        // A digit's place among all entries, and of each warp's among those of the digit.
+        u32 count = 0, all;
+        if (threadIdx.x < digits) {
+#pragma unroll 8
+            for (u32 w = 0; w < warps; w++) {
+                const u32 of_warp = warp_counts[w][threadIdx.x];
+                warp_counts[w][threadIdx.x] = (u16)count;
+                count += of_warp;
+            }
+        }
+        const u32 start = scan_warps(count, warp_sums, all);
+        if (threadIdx.x < digits) digit_starts[threadIdx.x] = start;
+        __syncthreads();
+#pragma unroll
+        for (int j = 0; j < FEW_ITEMS; j++) {
+            if (!valid(j)) continue;
+            const u32 digit = (key[j] >> shift) & (digits - 1), at = digit_starts[digit] + warp_counts[warp][digit] + rank[j];
+            keys[at] = key[j];
+            entries[at] = (u16)entry[j];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int j = 0; j < FEW_ITEMS; j++) {
+            if (!valid(j)) continue;
+            key[j] = keys[base + j * 32];
+            entry[j] = entries[base + j * 32];
+        }
+    }
+    // Rows begin where a key is not the one before it.
+    u32 ballots[FEW_ITEMS], heads = 0, total;
+#pragma unroll
+    for (int j = 0; j < FEW_ITEMS; j++) {
+        const u32 i = base + j * 32;
+        ballots[j] = __ballot_sync(FULL, valid(j) && (i == 0 || keys[i - 1] != key[j]));
+        heads += __popc(ballots[j]);
+    }
+    const u32 before = scan_warps(lane == 0 ? heads : 0u, warp_sums, total);
+    u32 u = __shfl_sync(FULL, before, 0);
+#pragma unroll
+    for (int j = 0; j < FEW_ITEMS; j++) {
+        const u32 i = base + j * 32;
+        if (valid(j)) entries_out[i] = entry[j];
+        if (ballots[j] >> lane & 1u) {
+            const u32 at = u + __popc(ballots[j] & ((1u << lane) - 1));
+            rows_out[at] = key[j];
+            starts[at] = i;
+        }
+        u += __popc(ballots[j]);
+    }
+    if (threadIdx.x == 0) {
+        *unique = total;
+        starts[total] = n;
     }
 }
 

@@ -13,6 +13,18 @@ use crate::memory::Rows;
 
 const BLOCK: u32 = 128;
 
+macro_rules! named {
+    ($prefix:literal, $lane:expr) => {
+        match $lane {
+            1 => concat!($prefix, "_1"),
+            2 => concat!($prefix, "_2"),
+            4 => concat!($prefix, "_4"),
+            8 => concat!($prefix, "_8"),
+            _ => concat!($prefix, "_16"),
+        }
+    };
+}
+
 /// How a table is read: `lane` codes at once by each lane, `team` lanes for a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Reading {
@@ -32,14 +44,34 @@ impl Reading {
         Self { lane, team: (dim / lane).next_power_of_two().clamp(8, 32) }
     }
 
-    /// For dots: by 16 bytes.
+    /// For dots: by 16 bytes. Codes of one byte leave a team little to load beside what its lanes then add up among
+    /// themselves: two loads a lane of each row, and half of the lanes.
     fn for_dots(pointer: u64, bytes: usize, dim: usize, group: usize) -> Self {
-        Self::widest(pointer, bytes, dim, group, 16)
+        let Self { lane, team } = Self::widest(pointer, bytes, dim, group, 16);
+        let loads = if bytes == 1 { 2 } else { 1 };
+        Self { lane, team: team.min((dim / lane / loads).next_power_of_two().max(8)) }
     }
 
     /// For sums: by eight codes, or of narrow rows by four. Wider loads leave too few warps to hide how far the rows are.
     fn for_sums(pointer: u64, bytes: usize, dim: usize, group: usize) -> Self {
-        Self::widest(pointer, bytes, dim, group, if dim < 128 { 4 } else { 8 })
+        let narrow = if bytes == 1 { dim < 128 } else { dim <= 128 };
+        Self::widest(pointer, bytes, dim, group, if narrow { 4 } else { 8 })
+    }
+
+    /// The kernel that sums rows of codes of `bytes` so, which are `stride` codes apart. Those that know their team take rows of
+    /// one scale at most, by loads of less than 16 bytes.
+    fn sums(self, bytes: usize, stride: usize, one_scale: bool) -> &'static str {
+        if one_scale && bytes <= 2 && u32::try_from(stride * bytes).is_ok() {
+            match (self.lane, self.team) {
+                (4, 8) => return "bag_sum_4_8",
+                (4, 16) => return "bag_sum_4_16",
+                (4, 32) => return "bag_sum_4_32",
+                (8, 16) if bytes == 1 => return "bag_sum_8_16",
+                (8, 32) if bytes == 1 => return "bag_sum_8_32",
+                _ => {}
+            }
+        }
+        named!("bag_sum", self.lane)
     }
 
     /// Of 4-bit integers in groups of `group`: four bytes, eight values, and a team for all of a row if it can be.
@@ -60,18 +92,6 @@ fn fits(lane: usize, pointer: u64, bytes: usize, dim: usize, group: usize) -> bo
     dim.is_multiple_of(lane)
         && (group >= dim || group.is_multiple_of(lane))
         && pointer.is_multiple_of((lane * bytes) as u64)
-}
-
-macro_rules! named {
-    ($prefix:literal, $lane:expr) => {
-        match $lane {
-            1 => concat!($prefix, "_1"),
-            2 => concat!($prefix, "_2"),
-            4 => concat!($prefix, "_4"),
-            8 => concat!($prefix, "_8"),
-            _ => concat!($prefix, "_16"),
-        }
-    };
 }
 
 /// Fails where a table has no rows to read: a kernel needs one to turn bad ids to.
@@ -152,7 +172,7 @@ impl Cuda {
         let (dim, bytes) = (table.dim, size_of::<E>());
         let pointer = table.beginnings();
         let mut reading = Reading::for_sums(pointer, bytes, dim, table.group);
-        let mut name = named!("bag_sum", reading.lane);
+        let mut name = reading.sums(bytes, table.stride, table.group >= dim);
         let mut columns = dim;
         if let Some(group) = packed_group(E::FORMAT) {
             (reading, name) = (Reading::packed(dim, group), "bag_sum_packed");
@@ -196,13 +216,31 @@ mod tests {
         assert_eq!(lane(4, 4, 1024, 1024), 1);
         assert_eq!(lane(0, 1, 1024, 4), 4, "a group is not split by a load");
         assert_eq!(lane(0, 2, 24, 24), 2, "a team has eight lanes");
-        assert_eq!(Reading::for_dots(0, 1, 256, 256), Reading { lane: 16, team: 16 });
+        assert_eq!(Reading::for_dots(0, 1, 64, 64), Reading { lane: 8, team: 8 });
+        assert_eq!(Reading::for_dots(0, 1, 100, 100), Reading { lane: 4, team: 16 });
+        assert_eq!(Reading::for_dots(0, 2, 100, 100), Reading { lane: 4, team: 32 });
+        assert_eq!(Reading::for_dots(0, 1, 256, 256), Reading { lane: 16, team: 8 });
+        assert_eq!(Reading::for_dots(0, 1, 1024, 1024), Reading { lane: 16, team: 32 });
         assert_eq!(Reading::for_sums(0, 1, 256, 256), Reading { lane: 8, team: 32 });
         assert_eq!(Reading::for_sums(0, 2, 256, 256), Reading { lane: 8, team: 32 });
+        assert_eq!(Reading::for_sums(0, 1, 128, 128), Reading { lane: 8, team: 16 });
+        assert_eq!(Reading::for_sums(0, 2, 128, 128), Reading { lane: 4, team: 32 });
         assert_eq!(Reading::for_sums(0, 2, 64, 64), Reading { lane: 4, team: 16 });
         assert_eq!(Reading::for_sums(0, 2, 100, 100), Reading { lane: 4, team: 32 });
         assert_eq!(Reading::for_sums(0, 4, 2, 2), Reading { lane: 1, team: 8 });
         assert_eq!(Reading::narrow(0, 1, 100, 100), Some(Reading { lane: 4, team: 32 }));
         assert_eq!(Reading::narrow(0, 2, 17, 17), None);
+    }
+
+    #[test]
+    fn kernels_that_know_their_team_take_one_scale_and_short_loads() {
+        let name = |bytes, dim, stride, one| Reading::for_sums(0, bytes, dim, dim).sums(bytes, stride, one);
+        assert_eq!(name(1, 64, 64, true), "bag_sum_4_16");
+        assert_eq!(name(1, 64, 64, false), "bag_sum_4");
+        assert_eq!(name(1, 1024, 1024, true), "bag_sum_8_32");
+        assert_eq!(name(2, 100, 100, true), "bag_sum_4_32");
+        assert_eq!(name(2, 100, 1 << 31, true), "bag_sum_4");
+        assert_eq!(name(2, 256, 256, true), "bag_sum_8");
+        assert_eq!(name(4, 64, 64, true), "bag_sum_4");
     }
 }

@@ -16,10 +16,14 @@ use crate::memory::{View, ViewMut};
 /// Threads of the kernels that sort, and the entries a block of them takes.
 const THREADS: u32 = 256;
 const TILE: usize = 2048;
+/// Entries that one block plans, and its threads at most.
+const FEW: usize = 4096;
+const FEW_THREADS: usize = 1024;
 /// Digits of the sort have this many bits at most.
 const DIGIT_BITS: u32 = 8;
 /// Blocks that sum squares.
 const SUM_BLOCKS: u32 = 1024;
+const PLAN: &str = "plan";
 pub(crate) const VARIANT: Variant = Variant::of(File::Plan);
 
 /// Entries of a plan, at most: kernels look a few rounds of rows ahead in 32 bits.
@@ -231,6 +235,100 @@ impl Cuda {
         self.stream.launch(&kernel, Shape::new(rows.count, 512).by(pieces(dim, wide).div_ceil(32)), &mut args)
     }
 
+    /// A plan of at most [`FEW`] entries: one launch.
+    fn plan_few(&self, ids: View<'_, u32>, rows: usize, out: PlanBuffers<'_, Self>) -> Result<(), CudaError> {
+        let entries = ids.len();
+        let (passes, bits) = passes(rows);
+        let mut args = Args::new()
+            .read(ids)
+            .value(size(PLAN, "entries", entries)?)
+            .value(rows as u64)
+            .value(passes)
+            .value(bits)
+            .write(&out.unique)
+            .write(&out.rows)
+            .write(&out.starts)
+            .write(&out.entries)
+            .value(self.flag.view().pointer())
+            .value(number_of(PLAN));
+        // Each of the digits needs a thread.
+        let threads = entries.next_multiple_of(32).clamp(1 << DIGIT_BITS, FEW_THREADS);
+        let kernel = self.kernels.get(VARIANT, "plan_few")?;
+        self.stream.launch(&kernel, Shape::new(1, u32::try_from(threads).unwrap_or(THREADS)), &mut args)
+    }
+
+    /// A plan of more entries: by many blocks, in as many launches as the digits of the ids need.
+    fn plan_many(
+        &self,
+        ids: View<'_, u32>,
+        rows: usize,
+        out: PlanBuffers<'_, Self>,
+        scratch: Scratch<'_, Self>,
+    ) -> Result<(), CudaError> {
+        let entries = ids.len();
+        let tiles = entries.div_ceil(TILE).max(1);
+        let (key_a, scratch) = scratch.take_ids(entries);
+        let (key_b, scratch) = scratch.take_ids(entries);
+        let (entry_b, scratch) = scratch.take_ids(entries);
+        let (counts, scratch) = scratch.take_ids(tiles << DIGIT_BITS);
+        let (totals, _) = scratch.take_ids(1 << DIGIT_BITS);
+        let (count, all_tiles) = (size(PLAN, "entries", entries)?, size(PLAN, "entries", tiles)?);
+        let (flag, op) = (self.flag.view().pointer(), number_of(PLAN));
+
+        let (passes, bits) = passes(rows);
+        let kernels = ["plan_histogram", "plan_scan", "plan_scatter", "plan_heads", "plan_write"];
+        let [histogram, scan, scatter, heads, write] = kernels.map(|name| self.kernels.get(VARIANT, name));
+        let (histogram, scan, scatter, heads, write) = (histogram?, scan?, scatter?, heads?, write?);
+        let shape = Shape::new(tiles, THREADS);
+        let mut sorted = (ids, out.entries.read());
+        for pass in 0..passes {
+            let first = u32::from(pass == 0);
+            // The last pass ends in the plan's own entries.
+            let to_plan = (passes - pass) % 2 == 1;
+            let (keys_to, entries_to) = if to_plan { (&key_a, &out.entries) } else { (&key_b, &entry_b) };
+            let (shift, digits) = (pass * bits, 1u32 << bits);
+            let mut args = Args::new()
+                .read(sorted.0)
+                .value(count)
+                .value(rows as u64)
+                .value(shift)
+                .value(digits)
+                .write(&counts)
+                .value(all_tiles)
+                .value(first)
+                .value(flag)
+                .value(op);
+            self.stream.launch(&histogram, shape, &mut args)?;
+            let mut args = Args::new().write(&counts).value(all_tiles).write(&totals);
+            self.stream.launch(&scan, Shape::new(digits as usize, THREADS), &mut args)?;
+            let mut args = Args::new()
+                .read(sorted.0)
+                .read(sorted.1)
+                .value(count)
+                .value(rows as u64)
+                .value(shift)
+                .value(digits)
+                .write(&counts)
+                .write(&totals)
+                .value(all_tiles)
+                .value(first)
+                .write(keys_to)
+                .write(entries_to);
+            self.stream.launch(&scatter, shape, &mut args)?;
+            sorted = (keys_to.read(), entries_to.read());
+        }
+        let mut args = Args::new().read(sorted.0).value(count).write(&counts);
+        self.stream.launch(&heads, shape, &mut args)?;
+        let mut args = Args::new()
+            .read(sorted.0)
+            .value(count)
+            .write(&counts)
+            .write(&out.unique)
+            .write(&out.rows)
+            .write(&out.starts);
+        self.stream.launch(&write, shape, &mut args)
+    }
+
     /// Blocks for as many rows as there may be, no more than the device holds at once.
     pub(crate) fn row_blocks(&self, rows: usize, block: u32) -> usize {
         let resident = self.properties.multiprocessors as usize * (2048 / block as usize).min(32);
@@ -273,77 +371,14 @@ impl RowReduce for Cuda {
         out: PlanBuffers<'_, Self>,
         scratch: Scratch<'_, Self>,
     ) -> Result<(), CudaError> {
-        const OP: &str = "plan";
         let entries = ids.len();
         out.check(entries)?;
         if entries > MOST_ENTRIES {
-            return Err(CudaError::Unsupported { op: OP, what: "a plan of more than 2^31 entries" });
+            return Err(CudaError::Unsupported { op: PLAN, what: "a plan of more than 2^31 entries" });
         }
-        check_rows(OP, rows, entries)?;
-        scratch.check(OP, self.plan_scratch(entries))?;
-        let tiles = entries.div_ceil(TILE).max(1);
-        let (key_a, scratch) = scratch.take_ids(entries);
-        let (key_b, scratch) = scratch.take_ids(entries);
-        let (entry_b, scratch) = scratch.take_ids(entries);
-        let (counts, scratch) = scratch.take_ids(tiles << DIGIT_BITS);
-        let (totals, _) = scratch.take_ids(1 << DIGIT_BITS);
-        let (count, all_tiles) = (size(OP, "entries", entries)?, size(OP, "entries", tiles)?);
-        let (flag, op) = (self.flag.view().pointer(), number_of(OP));
-
-        let (passes, bits) = passes(rows);
-        let kernels = ["plan_histogram", "plan_scan", "plan_scatter", "plan_heads", "plan_write"];
-        let [histogram, scan, scatter, heads, write] = kernels.map(|name| self.kernels.get(VARIANT, name));
-        let (histogram, scan, scatter, heads, write) = (histogram?, scan?, scatter?, heads?, write?);
-        let shape = Shape::new(tiles, THREADS);
-        let mut sorted = (ids, out.entries.read());
-        if entries > 0 {
-            for pass in 0..passes {
-                let first = u32::from(pass == 0);
-                // The last pass ends in the plan's own entries.
-                let to_plan = (passes - pass) % 2 == 1;
-                let (keys_to, entries_to) = if to_plan { (&key_a, &out.entries) } else { (&key_b, &entry_b) };
-                let (shift, digits) = (pass * bits, 1u32 << bits);
-                let mut args = Args::new()
-                    .read(sorted.0)
-                    .value(count)
-                    .value(rows as u64)
-                    .value(shift)
-                    .value(digits)
-                    .write(&counts)
-                    .value(all_tiles)
-                    .value(first)
-                    .value(flag)
-                    .value(op);
-                self.stream.launch(&histogram, shape, &mut args)?;
-                let mut args = Args::new().write(&counts).value(all_tiles).write(&totals);
-                self.stream.launch(&scan, Shape::new(digits as usize, THREADS), &mut args)?;
-                let mut args = Args::new()
-                    .read(sorted.0)
-                    .read(sorted.1)
-                    .value(count)
-                    .value(rows as u64)
-                    .value(shift)
-                    .value(digits)
-                    .write(&counts)
-                    .write(&totals)
-                    .value(all_tiles)
-                    .value(first)
-                    .write(keys_to)
-                    .write(entries_to);
-                self.stream.launch(&scatter, shape, &mut args)?;
-                sorted = (keys_to.read(), entries_to.read());
-            }
-        }
-        let mut args = Args::new().read(sorted.0).value(count).write(&counts);
-        self.stream.launch(&heads, shape, &mut args)?;
-        let mut args = Args::new()
-            .read(sorted.0)
-            .value(count)
-            .write(&counts)
-            .write(&out.unique)
-            .write(&out.rows)
-            .write(&out.starts);
-        self.stream.launch(&write, shape, &mut args)
+        check_rows(PLAN, rows, entries)?;
+        scratch.check(PLAN, self.plan_scratch(entries))?;
+        if entries <= FEW { self.plan_few(ids, rows, out) } else { self.plan_many(ids, rows, out, scratch) }
     }
 
     fn reduce(

@@ -9,6 +9,8 @@ mod cached;
 mod candle;
 mod device;
 mod layer;
+#[cfg(all(feature = "lm", feature = "candle"))]
+mod lm;
 mod select;
 mod step;
 
@@ -39,7 +41,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "PROGRAM", default_value = "python3")]
     python: PathBuf,
     /// Only operations whose name contains this: bag_sum, bag_dot, sparse (gradients of rows), step, step cached, step cached
-    /// huge (with `--huge`), select, decode, layer decode.
+    /// huge (with `--huge`), select, decode, layer decode, lm step (built with the features lm and candle).
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
     /// Also a step over a table of so many GiB in pinned memory of the host, with a cache of its rows on the device: a table
@@ -146,6 +148,8 @@ pub(crate) fn run(options: &Options) -> Result<(), BenchError> {
     // candle is of this process: it comes behind ours, so that the device is as others left it.
     #[cfg(feature = "candle")]
     let peers = [peers, candle::others(options)?].concat();
+    #[cfg(all(feature = "lm", feature = "candle"))]
+    let peers = [peers, bench.lm_steps()?].concat();
     let (rows, notes) = bench.into_found();
     let report = Report { device: name, command, rows, peers, notes };
     let table = table(&report);

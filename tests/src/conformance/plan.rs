@@ -19,7 +19,11 @@ pub struct Planned {
     pub entries: Vec<u32>,
 }
 
-fn plan<D: TestDevice + RowReduce>(device: &D, ids: &[u32], rows: usize) -> Planned {
+/// A plan of `ids`, waited for.
+///
+/// # Panics
+/// If none can be made, or the device reports an id.
+pub fn plan<D: TestDevice + RowReduce>(device: &D, ids: &[u32], rows: usize) -> Planned {
     let mut buffer = device.upload(&vec![u32::MAX; PlanBuffers::<D>::ids_len(ids.len())]);
     let mut scratch = Memory::new(device, device.plan_scratch(ids.len()));
     let host_ids = ids;
