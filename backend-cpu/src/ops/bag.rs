@@ -13,8 +13,9 @@ use crate::isa::{Level, Simd, dispatch};
 /// Bytes that are asked for before they are summed, as whole rows of a block; of the smallest rows half of that.
 const AHEAD: usize = 8192;
 
-/// Rows between the one that is summed and the one that is asked for a second time.
-const NEAR: usize = 4;
+/// Rows between the one that is summed and the one that is asked for a second time. (Sums of int8 rows of 256 from memory, one core of an
+/// AMD EPYC: 26.6 ns a row with 4, 23.7 with 8 or 16.)
+const NEAR: usize = 8;
 
 /// About how long a row of `dim` values takes, in nanoseconds.
 pub(super) fn row_cost(dim: usize) -> usize {
