@@ -7,7 +7,7 @@ use memlayer_core::{RowStore, Scratch, ScratchReq};
 
 use crate::Cpu;
 use crate::isa::rows::columns;
-use crate::isa::{Lanes, Simd, Token, dispatch};
+use crate::isa::{Simd, Token, dispatch};
 use crate::math;
 use crate::ops::bag::Dot;
 use crate::ops::coarse::Coarse;
@@ -372,23 +372,23 @@ fn take<'a, T>(from: &mut &'a mut [T], n: usize) -> &'a mut [T] {
     from.split_off_mut(..n).unwrap_or_default()
 }
 
-/// The softmax of `scores`, best first, into `weights`, the first subtracted from all. The sum is of sixteen lanes on every
-/// instruction set.
+/// The softmax of `scores`, best first, into `weights`, the first subtracted from all.
 #[inline(always)]
 fn softmax(scores: &[f32], weights: &mut [f32]) {
     let greatest = scores.first().copied().unwrap_or_default();
-    let mut sums = [0.0; 16];
+    let mut sum = 0.0;
     for (weights, scores) in weights.chunks_mut(16).zip(scores.chunks(16)) {
         // Always sixteen, for a vector or two: a list is short.
-        let mut lanes = [f32::NEG_INFINITY; 16];
+        let mut lanes = [greatest; 16];
         lanes[..scores.len()].copy_from_slice(scores);
-        for (lane, sum) in lanes.iter_mut().zip(&mut sums) {
+        for lane in &mut lanes {
             *lane = math::exp(*lane - greatest);
-            *sum += *lane;
         }
-        weights.copy_from_slice(&lanes[..weights.len()]);
+        for (weight, lane) in weights.iter_mut().zip(lanes) {
+            *weight = lane;
+            sum += lane;
+        }
     }
-    let sum = Lanes::<16>.sum(sums);
     for weight in weights {
         *weight /= sum;
     }
