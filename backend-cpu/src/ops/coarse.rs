@@ -3,8 +3,8 @@
 //!
 //! With a query `q = s·a + r` and a sub-key `k = z·b + e`, `a` and `b` integers,
 //! `<q, k> - s·z·<a, b> = <r, k> + <s·a, e>`, in magnitude at most `|r|₂·|k|₂ + (|q|₂ + |r|₂)·|e|₂`; the rounding of sums
-//! of C products adds less than `2(C + 16)·ε·C·|q|∞·|k|∞`. Where `m` bounds that, a sub-key among the best
-//! K has a coarse score of at least the K-th best coarse one less `2m`.
+//! of C products adds less than `2(C + 16)·ε·C·|q|∞·|k|∞`. Where `m` bounds that, a sub-key with a coarse
+//! score below some bound has a score below that bound and `m`: what may be passed over is seen from the K-th best.
 
 use memlayer_core::element::Format;
 use memlayer_core::{Element, Row, RowStore};
