@@ -131,7 +131,7 @@ impl<K: RowStore + Sync> SelectRows<PanelKeys<K>> for Cpu {
     /// Enough for keys with panels and without: only the call knows which.
     fn select_scratch(&self, dims: SelectDims) -> ScratchReq {
         let rows = SelectRows::<K>::select_scratch(self, dims);
-        Layout::of_panels(dims, self).map_or(rows, |layout| layout.scratch(self.threads()).or(rows))
+        Layout::coarse(dims, self).map_or(rows, |layout| layout.scratch(self.threads()).or(rows))
     }
 
     fn select(&self, args: Select<'_, Self, PanelKeys<K>>, scratch: Scratch<'_, Self>) -> Result<(), ArgError> {
@@ -143,7 +143,7 @@ impl<K: RowStore + Sync> SelectRows<PanelKeys<K>> for Cpu {
             return Err(ArgError::Shape { op: "select", operand: "sub_keys", expected, found });
         }
         let args = Select { dims, queries, keys: &keys.keys, ids, scores, weights };
-        match (Layout::of_panels(dims, self), keys.panels(self)) {
+        match (Layout::coarse(dims, self), keys.panels(self)) {
             (Some(layout), Some(panels)) => {
                 self.select_coarse(&layout, args, panels, from_line(scratch));
                 Ok(())

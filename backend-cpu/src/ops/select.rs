@@ -95,17 +95,18 @@ impl Layout {
         let choice = Choice { parts, sub_keys, top_k };
         // Sub-keys that are integers need not be made such for each call.
         let as_they_lie = keys == Format::Int8 && cpu.int8.is_some();
-        let coarse = cpu.int8.filter(|_| coarse_pays(choice, half_dim, tokens));
-        let way = match coarse {
-            Some(int8) if tokens >= if as_they_lie { FEW } else { SOME } => Way::Coarse(int8),
+        if tokens >= if as_they_lie { FEW } else { SOME }
+            && let Some(coarse) = Self::coarse(dims, cpu)
+        {
+            return Self { shared: lines(PanelDims::new(dims).scratch()), ..coarse };
+        }
+        let way = match tokens {
             _ if turned::TOKENS.contains(&tokens) && !as_they_lie => Way::Turned,
-            _ if tokens < FEW => Way::Few,
+            ..FEW => Way::Few,
             _ => Way::Product,
         };
         let halves = dims.heads * parts;
         let choosing = choice.scratch();
-        // No result depends on the tile.
-        let share = tokens.div_ceil(2 * cpu.threads()).next_multiple_of(8);
         let (tile, shared, worker) = match way {
             Way::Few => {
                 let shared = tokens * halves * (padded + Bounds::LEN * sub_keys.div_ceil(KEYS));
@@ -115,26 +116,24 @@ impl Layout {
                 let turned = Turned::new(dims);
                 (1, turned.shared(), ScratchReq::new(parts * padded, 0).or(turned.worker()).and(choosing))
             }
-            Way::Product => {
-                // The scores of a half stay in the second cache.
+            _ => {
+                // The scores of a half stay in the second cache. No result depends on the tile.
+                let share = tokens.div_ceil(2 * cpu.threads()).next_multiple_of(8);
                 let tile = ((32 * 1024 / padded.max(1)).clamp(8, 64).min(share) / 8 * 8).max(1);
                 let worker = ScratchReq::new(parts * tile * padded, 0);
                 (tile, ScratchReq::new(halves * padded * half_dim, 0), worker.and(choosing))
-            }
-            Way::Coarse(_) => {
-                (share.min(256), PanelDims::new(dims).scratch(), coarse_worker(dims, padded).and(choosing))
             }
         };
         Self { dims, choice, way, padded, tile, shared: lines(shared), worker: lines(worker) }
     }
 
-    /// For keys that have panels, where these are worth it.
-    pub(super) fn of_panels(dims: SelectDims, cpu: &Cpu) -> Option<Self> {
+    /// For coarse scores by panels that lie elsewhere, where these are worth it.
+    pub(super) fn coarse(dims: SelectDims, cpu: &Cpu) -> Option<Self> {
         let SelectDims { tokens, parts, sub_keys, half_dim, top_k, .. } = dims;
         let choice = Choice { parts, sub_keys, top_k };
         let int8 = cpu.int8.filter(|_| coarse_pays(choice, half_dim, tokens))?;
         let padded = sub_keys.next_multiple_of(MAX_WIDTH);
-        // Few tokens are for all threads too.
+        // Few tokens are for all threads too. No result depends on the tile.
         let few = tokens.div_ceil(cpu.threads());
         let tile =
             if few <= ROWS { few.max(1) } else { tokens.div_ceil(2 * cpu.threads()).next_multiple_of(ROWS).min(256) };
