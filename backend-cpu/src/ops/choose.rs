@@ -317,15 +317,11 @@ impl<'a> Chooser<'a> {
     #[inline(always)]
     fn best_of_near<S: Simd>(&mut self, s: S, len: usize, p: usize) -> bool {
         let k = self.choice.top_k;
-        let (scores, near) = &mut self.near[p];
+        let (scores, ids) = &mut self.near[p];
         let best = if p == 0 { &mut self.first } else { &mut self.second };
         let padded = len.next_multiple_of(S::LANES);
         scores[len..padded].fill(f32::NEG_INFINITY);
-        let found = topk::best(s, &scores[..padded], len, k, (&mut *best.0, &mut *best.1), &mut self.work);
-        if found {
-            best.1[..k.min(len)].iter_mut().for_each(|id| *id = near[*id as usize]);
-        }
-        found
+        topk::best_of(s, (&scores[..padded], &ids[..padded]), len, k, (&mut *best.0, &mut *best.1), &mut self.work)
     }
 
     /// The best pairs of two lists without NaN and positive infinity: of the best K of each half, or of what can be in a pair

@@ -257,21 +257,25 @@ pub(super) struct Panels<'a> {
 }
 
 impl Panels<'_> {
-    /// The coarse scores `[queries, panels · WIDTH]` of the sub-keys of half `half`, in units of each query's scale, for
-    /// at most [`ROWS`] queries, and what these are. `codes` is workspace for [`ROWS`] queries.
+    /// Of the sub-keys of half `half`.
+    pub(super) fn bounds(&self, half: usize) -> Bounds {
+        let len = self.dims.padded() / WIDTH * Bounds::LEN;
+        Bounds::load(&self.bounds[half * len..(half + 1) * len])
+    }
+
+    /// The coarse scores `[queries, panels · WIDTH]` of the sub-keys of a half, which have such bounds, in units of each query's
+    /// scale, for at most [`ROWS`] queries, and what these are. `codes` is workspace for [`ROWS`] queries.
     pub(super) fn score(
         &self,
         token: Token,
-        half: usize,
+        (half, keys): (usize, Bounds),
         queries: &[&[f32]],
-        codes: &mut [u32],
+        (buffer, codes): (&mut Buffer, &mut [u32]),
         out: &mut [f32],
     ) -> [Coarse; ROWS] {
         let mut scores = [Coarse::NONE; ROWS];
         let (dim, padded) = (self.dims.dim, self.dims.padded());
-        let (len, bounds) = (left_len(dim), padded / WIDTH * Bounds::LEN);
-        let keys = Bounds::load(&self.bounds[half * bounds..(half + 1) * bounds]);
-        let mut buffer = Buffer::new();
+        let len = left_len(dim);
         dispatch!(token, s => for ((query, to), scores) in queries.iter().zip(codes.chunks_exact_mut(len)).zip(&mut scores) {
             let (quantized, codes) = buffer.quantize_by(s, query);
             pack_left(codes, to);

@@ -377,31 +377,36 @@ impl Cpu {
             let (start, head, tokens) =
                 (i * heads / dims.heads * layout.tile, i * heads % dims.heads, tile.ids.len() / row);
             let (first, second) = scores.split_at_mut(ROWS * layout.padded);
-            for (h, from) in (head..head + heads).flat_map(|h| (0..tokens).step_by(ROWS).map(move |from| (h, from))) {
-                let count = ROWS.min(tokens - from);
-                let query = |t: usize, p: usize| {
-                    let at = ((start + from + t) * dims.heads + h) * dims.parts + p;
-                    &queries[at * c..(at + 1) * c]
-                };
-                // The queries of the next tokens: they are too far apart for the processor to see what comes.
-                let next = from + count..(from + 2 * count).min(tokens);
-                dispatch!(self.token, s => for t in next {
-                    let at = ((start + t) * dims.heads + h) * dims.parts * c;
-                    s.prefetch_all(Level::First, &queries[at..at + dims.parts * c]);
-                });
-                let mut coarse = [[Coarse::NONE; ROWS]; 2];
-                for (p, out) in [&mut *first, &mut *second].into_iter().take(dims.parts).enumerate() {
-                    let queries: [&[f32]; ROWS] = core::array::from_fn(|t| query(t.min(count - 1), p));
-                    coarse[p] = panels.score(self.token, h * dims.parts + p, &queries[..count], codes, out);
-                }
-                let [a, b] = coarse;
-                for (t, (a, b)) in a.into_iter().zip(b).take(count).enumerate() {
-                    let half = |p: usize, coarse| Half { query: query(t, p), first: dims.key_row(h, p, 0), coarse };
-                    let halves = [half(0, a), half(dims.parts - 1, b)];
-                    let at = t * layout.padded..(t + 1) * layout.padded;
-                    let second = if dims.parts == 2 { &mut second[at.clone()] } else { &mut [][..] };
-                    let bag = &mut tile.part((from + t) * heads + h - head, dims.top_k);
-                    self.choose_or_score(chooser, table, halves, (&mut first[at], second), bag);
+            let mut buffer = Buffer::new();
+            for h in head..head + heads {
+                let bounds = [0, dims.parts - 1].map(|p| panels.bounds(h * dims.parts + p));
+                for from in (0..tokens).step_by(ROWS) {
+                    let count = ROWS.min(tokens - from);
+                    let query = |t: usize, p: usize| {
+                        let at = ((start + from + t) * dims.heads + h) * dims.parts + p;
+                        &queries[at * c..(at + 1) * c]
+                    };
+                    // The queries of the next tokens: they are too far apart for the processor to see what comes.
+                    let next = from + count..(from + 2 * count).min(tokens);
+                    dispatch!(self.token, s => for t in next {
+                        let at = ((start + t) * dims.heads + h) * dims.parts * c;
+                        s.prefetch_all(Level::First, &queries[at..at + dims.parts * c]);
+                    });
+                    let mut coarse = [[Coarse::NONE; ROWS]; 2];
+                    for (p, out) in [&mut *first, &mut *second].into_iter().take(dims.parts).enumerate() {
+                        let queries: [&[f32]; ROWS] = core::array::from_fn(|t| query(t.min(count - 1), p));
+                        let half = (h * dims.parts + p, bounds[p]);
+                        coarse[p] = panels.score(self.token, half, &queries[..count], (&mut buffer, codes), out);
+                    }
+                    let [a, b] = coarse;
+                    for (t, (a, b)) in a.into_iter().zip(b).take(count).enumerate() {
+                        let half = |p: usize, coarse| Half { query: query(t, p), first: dims.key_row(h, p, 0), coarse };
+                        let halves = [half(0, a), half(dims.parts - 1, b)];
+                        let at = t * layout.padded..(t + 1) * layout.padded;
+                        let second = if dims.parts == 2 { &mut second[at.clone()] } else { &mut [][..] };
+                        let bag = &mut tile.part((from + t) * heads + h - head, dims.top_k);
+                        self.choose_or_score(chooser, table, halves, (&mut first[at], second), bag);
+                    }
                 }
             }
         });

@@ -53,13 +53,39 @@ pub(super) fn best<S: Simd>(
         let bound = bound(s, scores, k, work);
         return best_from(s, scores, n, k, bound, best, work);
     }
+    place(s, scores, n, k, 0.., best, work.ranks);
+    plain(s, scores)
+}
+
+/// [`best`] of scores that have `ids`, which become those of the best; there are as many as scores with what fills them up.
+#[inline(always)]
+pub(super) fn best_of<S: Simd>(
+    s: S,
+    (scores, ids): (&[f32], &[u32]),
+    n: usize,
+    k: usize,
+    (best_scores, best_ids): (&mut [f32], &mut [u32]),
+    work: &mut Work<'_>,
+) -> bool {
+    if scores.len() < 2 * groups::<S>(k) * S::LANES {
+        place(s, scores, n, k, ids.iter().copied(), (best_scores, best_ids), work.ranks);
+        return plain(s, scores);
+    }
+    let plain = best(s, scores, n, k, (best_scores, &mut *best_ids), work);
+    if plain {
+        best_ids[..k.min(n)].iter_mut().for_each(|id| *id = ids[*id as usize]);
+    }
+    plain
+}
+
+/// Whether no score, of whole vectors, is NaN or positive infinity.
+#[inline(always)]
+fn plain<S: Simd>(s: S, scores: &[f32]) -> bool {
     let infinity = s.splat(f32::INFINITY);
     let mut strange = 0;
     for v in scores.chunks_exact(S::LANES) {
         strange |= s.not_lt_bits(s.load(v), infinity);
     }
-    #[allow(clippy::cast_possible_truncation, reason = "a position in a half: ids have 32 bits")]
-    place(s, scores, n, k, |i| i as u32, best, work.ranks);
     strange == 0
 }
 
@@ -134,8 +160,7 @@ fn reaching<S: Simd>(s: S, scores: &[f32], bound: f32, k: usize, work: &mut Work
 fn place_collected<S: Simd>(s: S, len: usize, k: usize, best: (&mut [f32], &mut [u32]), work: &mut Work<'_>) {
     let padded = len.next_multiple_of(S::LANES);
     work.scores[len..padded].fill(f32::NEG_INFINITY);
-    let ids = &*work.ids;
-    place(s, &work.scores[..padded], len, k, |i| ids[i], best, work.ranks);
+    place(s, &work.scores[..padded], len, k, work.ids.iter().copied(), best, work.ranks);
 }
 
 /// Collects, in their order, the positions of the scores that are not below `least`; returns how many, or nothing if they are none,
@@ -245,14 +270,14 @@ fn rank_bits(rank: usize) -> u32 {
     <crate::isa::Lanes<1> as Simd>::COUNT.to_bits() + rank
 }
 
-/// Writes the best `k` of the first `n` scores, filled up to a whole vector, to their places in `best`.
+/// Writes the best `k` of the first `n` scores, filled up to a whole vector, to their places in `best`. There are as many `ids`, or more.
 #[inline(always)]
 pub(super) fn place<S: Simd>(
     s: S,
     scores: &[f32],
     n: usize,
     k: usize,
-    id: impl Fn(usize) -> u32,
+    ids: impl IntoIterator<Item = u32>,
     best: (&mut [f32], &mut [u32]),
     ranks: &mut [f32],
 ) {
@@ -260,11 +285,11 @@ pub(super) fn place<S: Simd>(
     let (best_scores, best_ids) = (&mut best.0[..=k], &mut best.1[..=k]);
     best_scores[n.min(k)..].fill(f32::NEG_INFINITY);
     // With what fills the last vector, which ranks behind: how many are real nobody can predict.
-    for (i, (rank, &score)) in ranks[..scores.len()].iter().zip(scores).enumerate() {
+    for ((rank, &score), id) in ranks.iter().zip(scores).zip(ids) {
         // Place k is for those that are not among the best: cheaper than a branch nobody can predict.
         let at = ((rank.to_bits() - rank_bits(0)) as usize).min(k);
         best_scores[at] = score;
-        best_ids[at] = id(i);
+        best_ids[at] = id;
     }
 }
 
