@@ -28,7 +28,7 @@ where
     (ids, scores)
 }
 
-fn agree<K: RowStore + Sync>(what: &str, cpus: &[Cpu], dims: SelectDims, queries: &[f32], keys: &K) {
+fn agree<K: RowStore + Sync>(what: &str, cpus: &[&Cpu], dims: SelectDims, queries: &[f32], keys: &K) {
     let n = dims.bags_len();
     let (mut ids, mut scores, mut weights) = (vec![u32::MAX; n], vec![f32::NAN; n], vec![f32::NAN; n]);
     let reference = Reference::<f32>::new();
@@ -53,11 +53,15 @@ fn integers(random: &mut Random, n: usize, most: u64) -> Vec<f32> {
     (0..n).map(|_| (random.next() % (2 * most + 1)) as f32 - most as f32).collect()
 }
 
-fn each(mut run: impl FnMut(SelectDims, &mut Random, &[Cpu])) {
+/// Every instruction set with every size, with one number of threads after the other: all with all would be minutes where
+/// the processor is emulated, and threads change nothing.
+fn each(mut run: impl FnMut(SelectDims, &mut Random, &[&Cpu])) {
     let (cpus, random) = (backends(), &mut Random(11));
-    for (sub_keys, half_dim, top_k) in SIZES {
+    for (i, (sub_keys, half_dim, top_k)) in SIZES.into_iter().enumerate() {
         // Few, some whose scores are a product with the sub-keys where they lie, and many.
-        for (tokens, parts) in [(1, 2), (5, 1), (16, 1), (43, 2), (67, 2), (70, 1)] {
+        for (j, (tokens, parts)) in [(1, 2), (5, 1), (16, 1), (43, 2), (67, 2), (70, 1)].into_iter().enumerate() {
+            let of_isas = cpus.chunk_by(|a, b| a.isa() == b.isa());
+            let cpus: Vec<_> = of_isas.map(|of_isa| &of_isa[(i + j) % of_isa.len()]).collect();
             run(SelectDims { tokens, heads: 2, parts, sub_keys, half_dim, top_k }, random, &cpus);
         }
     }
