@@ -33,6 +33,10 @@ pub(crate) enum BenchError {
     /// An operation refused its arguments.
     #[error(transparent)]
     Args(#[from] memlayer_core::ArgError),
+    /// candle's threads could not be started.
+    #[cfg(feature = "lm")]
+    #[error("threads: {0}")]
+    Threads(#[from] rayon::ThreadPoolBuildError),
     /// The configuration of a layer.
     #[error("{0}")]
     Config(#[from] memlayer_core::ConfigError),

@@ -29,7 +29,7 @@ struct Arguments {
     /// Print results as JSON: the last line of the output is the whole result.
     #[arg(long, global = true)]
     json: bool,
-    /// Workers of the CPU backend; all cores if not given.
+    /// Threads that compute, those of candle too; all cores if not given.
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     #[command(subcommand)]
@@ -70,6 +70,13 @@ impl Context {
         Ok(builder.build()?)
     }
 
+    /// What candle does in parallel takes the threads of the whole program.
+    fn limit_candle(&self) -> Result<(), CliError> {
+        let Some(threads) = self.threads else { return Ok(()) };
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        pool.build_global().map_err(|e| CliError::Usage(format!("{threads} threads: {e}")))
+    }
+
     /// Prints `value` as the last line, if JSON is asked for.
     fn finish(&self, value: &impl serde::Serialize) -> Result<(), CliError> {
         if self.json {
@@ -96,7 +103,7 @@ impl Context {
 fn main() -> ExitCode {
     let Arguments { json, threads, command } = Arguments::parse();
     let context = Context { json, threads: threads.map(usize::from) };
-    let result = match command {
+    let result = context.limit_candle().and_then(|()| match command {
         Command::Tour(tour) => tour.run(&context).map(|()| true),
         Command::Train(train) => train.run(&context).map(|()| true),
         Command::Quantize(quantize) => quantize.run(&context).map(|()| true),
@@ -104,7 +111,7 @@ fn main() -> ExitCode {
         Command::Eval(eval) => eval.run(&context).map(|()| true),
         Command::Inspect(inspect) => inspect.run(&context).map(|()| true),
         Command::Check(check) => check.run(&context),
-    };
+    });
     match result {
         Ok(true) | Err(CliError::Quiet) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(1),

@@ -14,17 +14,27 @@ use crate::time::{Pair, Side, clock, pair};
 
 /// Training steps of the tour's two models: with a memory, and dense of equal FLOPs a token.
 pub(super) fn steps(seconds: f64, cpu: &Arc<Cpu>) -> Result<Pair, BenchError> {
-    let trainers = Trainers::new()?;
-    let memory = trainers.config(128);
-    let dense = flops::dense_twin(&memory, 16.0)?;
-    pair(seconds, &mut *trainers.side(&memory, cpu)?, &mut *trainers.side(&dense, cpu)?)
+    by_threads(cpu, || {
+        let trainers = Trainers::new()?;
+        let memory = trainers.config(128);
+        let dense = flops::dense_twin(&memory, 16.0)?;
+        pair(seconds, &mut *trainers.side(&memory, cpu)?, &mut *trainers.side(&dense, cpu)?)
+    })
 }
 
 /// Training steps of the tour's model with 2^22 slots and with 2^16.
 pub(super) fn grown_steps(seconds: f64, cpu: &Arc<Cpu>) -> Result<Pair, BenchError> {
-    let trainers = Trainers::new()?;
-    let [large, small] = [2048, 256].map(|sub_keys| trainers.side(&trainers.config(sub_keys), cpu));
-    pair(seconds, &mut *large?, &mut *small?)
+    by_threads(cpu, || {
+        let trainers = Trainers::new()?;
+        let [large, small] = [2048, 256].map(|sub_keys| trainers.side(&trainers.config(sub_keys), cpu));
+        pair(seconds, &mut *large?, &mut *small?)
+    })
+}
+
+/// What candle does takes as many threads as `cpu`.
+fn by_threads(cpu: &Cpu, run: impl FnOnce() -> Result<Pair, BenchError> + Send) -> Result<Pair, BenchError> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(cpu.threads()).build()?;
+    pool.install(run)
 }
 
 /// What trains the tour's models.
