@@ -1,5 +1,7 @@
 //! Selection: scores of a tile of tokens as a product into scratch that stays in the cache, then the best of them.
 
+use core::array;
+
 use memlayer_core::element::Format;
 use memlayer_core::ops::select::{Select, SelectBackward, SelectDims, SelectRows};
 use memlayer_core::{ArgError, Element, RowStore, Scratch, ScratchReq};
@@ -64,7 +66,7 @@ enum Way {
     /// Where they lie, for few tokens: in `f32`, or coarsely where they are int8.
     Few,
     /// Where they lie, for some tokens at a time.
-    Turned,
+    Turned(Turned),
     /// As a product of matrices in `f32`.
     Product,
     /// As a product of matrices of integers, coarsely.
@@ -101,7 +103,7 @@ impl Layout {
             return Self { shared: lines(PanelDims::new(dims).scratch()), ..coarse };
         }
         let way = match tokens {
-            _ if turned::TOKENS.contains(&tokens) && !as_they_lie => Way::Turned,
+            _ if turned::TOKENS.contains(&tokens) && !as_they_lie => Way::Turned(Turned::new(dims, cpu.threads())),
             ..FEW => Way::Few,
             _ => Way::Product,
         };
@@ -112,10 +114,7 @@ impl Layout {
                 let shared = tokens * halves * (padded + Bounds::LEN * sub_keys.div_ceil(KEYS));
                 (1, ScratchReq::new(shared, 0), choosing)
             }
-            Way::Turned => {
-                let turned = Turned::new(dims);
-                (1, turned.shared(), ScratchReq::new(parts * padded, 0).or(turned.worker()).and(choosing))
-            }
+            Way::Turned(turned) => (1, turned.shared(), turned.worker().and(choosing)),
             _ => {
                 // The scores of a half stay in the second cache. No result depends on the tile.
                 let share = tokens.div_ceil(2 * cpu.threads()).next_multiple_of(8);
@@ -176,7 +175,8 @@ impl<K: RowStore + Sync> SelectRows<K> for Cpu {
         let (shared_ids, scratch) = scratch.take_ids(layout.shared.ids);
         match layout.way {
             Way::Few => self.select_few(&layout, args, shared, scratch),
-            Way::Turned => self.select_turned(&layout, args, shared, scratch),
+            Way::Turned(turned) if turned.by_head => self.select_heads(&layout, turned, args, scratch),
+            Way::Turned(turned) => self.select_turned(&layout, turned, args, shared, scratch),
             Way::Product => {
                 self.lay_out_keys(&layout, args.keys, shared);
                 self.select_tiles(&layout, args, shared, scratch);
@@ -293,15 +293,45 @@ impl Cpu {
         });
     }
 
+    /// Some tokens, head after head: who scores one chooses from its scores, which so stay near.
+    fn select_heads<K: RowStore + Sync>(
+        &self,
+        layout: &Layout,
+        turned: Turned,
+        args: Select<'_, Self, K>,
+        scratch: Scratch<'_, Self>,
+    ) {
+        let SelectDims { tokens, heads, parts, sub_keys, half_dim: c, top_k: k } = args.dims;
+        let mut rows = bags(heads * k, args.ids, args.scores, args.weights);
+        let mut rows: [_; turned::MOST] =
+            array::from_fn(|_| rows.next().map(|row| bags(k, row.ids, row.scores, row.weights)));
+        let mut bags_of_head = move || -> [_; turned::MOST] { array::from_fn(|t| rows[t].as_mut()?.next()) };
+        let pieces = (0..heads).map(|h| (h, bags_of_head()));
+        let cost = tokens * heads * (400 + parts * sub_keys * (4 + c) / 16);
+        self.pool.for_each_with(cost, pieces, layout.workers(scratch), |(scores, _, chooser), (h, mut bags)| {
+            let (scores, worker) = scores.split_at_mut(parts * turned.scores());
+            for (p, scores) in scores.chunks_exact_mut(turned.scores()).enumerate() {
+                self.score_half(&turned, args.queries, args.keys, h * parts + p, worker, scores);
+            }
+            let (first, second) = scores.split_at_mut(turned.scores());
+            for (t, bag) in bags.iter_mut().flatten().enumerate() {
+                let at = t * turned.stride()..t * turned.stride() + layout.padded;
+                let second = if parts == 2 { &mut second[at.clone()] } else { &mut [][..] };
+                chooser.choose(self.token, (&mut first[at], second), bag);
+            }
+        });
+    }
+
     /// Some tokens: all scores first, by every worker.
     fn select_turned<K: RowStore + Sync>(
         &self,
         layout: &Layout,
+        turned: Turned,
         args: Select<'_, Self, K>,
         shared: &mut [f32],
         mut scratch: Scratch<'_, Self>,
     ) {
-        let (dims, turned) = (layout.dims, Turned::new(layout.dims));
+        let dims = layout.dims;
         let workers = layout.workers(scratch.reborrow()).map(|(scores, ..)| scores);
         self.score_turned(&turned, args.queries, args.keys, shared, workers);
         let shared = &*shared;
@@ -394,7 +424,7 @@ impl Cpu {
                     });
                     let mut coarse = [[Coarse::NONE; ROWS]; 2];
                     for (p, out) in [&mut *first, &mut *second].into_iter().take(dims.parts).enumerate() {
-                        let queries: [&[f32]; ROWS] = core::array::from_fn(|t| query(t.min(count - 1), p));
+                        let queries: [&[f32]; ROWS] = array::from_fn(|t| query(t.min(count - 1), p));
                         let half = (h * dims.parts + p, bounds[p]);
                         coarse[p] = panels.score(self.token, half, &queries[..count], (&mut buffer, codes), out);
                     }

@@ -13,12 +13,16 @@ use crate::isa::{Simd, Token, dispatch};
 const KEYS: usize = 128;
 
 /// Tokens for which this is faster than reading the sub-keys for each, and than laying them out.
-pub(super) const TOKENS: core::ops::RangeInclusive<usize> = 6..=64;
+pub(super) const TOKENS: core::ops::RangeInclusive<usize> = 6..=MOST;
+pub(super) const MOST: usize = 64;
 
-/// The scores of some tokens, `[H, P, pieces, tokens, KEYS]`.
+/// How some tokens are scored.
 #[derive(Clone, Copy)]
 pub(super) struct Turned {
     dims: SelectDims,
+    /// Whoever scores a head chooses from its scores, which so stay near: where there is work for everyone in that. Else all
+    /// score all heads first.
+    pub(super) by_head: bool,
     /// T, up to whole vectors of any instruction set.
     tokens: usize,
     /// Pieces of a half.
@@ -26,32 +30,48 @@ pub(super) struct Turned {
 }
 
 impl Turned {
-    pub(super) fn new(dims: SelectDims) -> Self {
-        Self { dims, tokens: dims.tokens.next_multiple_of(MAX_WIDTH / 2), pieces: dims.sub_keys.div_ceil(KEYS) }
+    pub(super) fn new(dims: SelectDims, threads: usize) -> Self {
+        let tokens = dims.tokens.next_multiple_of(MAX_WIDTH / 2);
+        Self { dims, by_head: dims.heads.is_multiple_of(threads), tokens, pieces: dims.sub_keys.div_ceil(KEYS) }
     }
 
     fn halves(&self) -> usize {
         self.dims.heads * self.dims.parts
     }
 
-    /// Scalars of the laid out queries `[H, P, panels, C, width]`, whatever the width.
+    /// Scalars of the laid out queries of a half, `[panels, C, width]`, whatever the width.
     fn columns(&self) -> usize {
-        self.halves() * self.dims.half_dim * self.dims.tokens.next_multiple_of(MAX_WIDTH)
+        self.dims.half_dim * self.dims.tokens.next_multiple_of(MAX_WIDTH)
     }
 
-    /// What all workers share.
+    /// From the scores of a token to those of the next, where one worker has those of a head, `[P, tokens, stride]`.
+    pub(super) fn stride(&self) -> usize {
+        self.pieces * KEYS
+    }
+
+    /// Scalars of the scores of a half.
+    pub(super) fn scores(&self) -> usize {
+        self.tokens * self.stride()
+    }
+
+    /// What all workers share: unless they go by heads, all queries laid out and all scores `[H, P, pieces, tokens, KEYS]`.
     pub(super) fn shared(&self) -> ScratchReq {
-        ScratchReq::new(self.columns() + self.halves() * self.pieces * self.tokens * KEYS, 0)
+        let all = self.halves() * (self.columns() + self.scores());
+        ScratchReq::new(if self.by_head { 0 } else { all }, 0)
     }
 
-    /// What each worker needs to score: sub-keys in `f32`, and a tile of the product.
+    /// What each worker needs: sub-keys in `f32` and a tile of the product; the scores of a head and the queries of a half, or
+    /// in the place of all that the scores of a token.
     pub(super) fn worker(&self) -> ScratchReq {
-        ScratchReq::new(KEYS * (self.dims.half_dim + MAX_WIDTH), 0)
+        let (parts, tile) = (self.dims.parts, KEYS * (self.dims.half_dim + MAX_WIDTH));
+        let reals =
+            if self.by_head { parts * self.scores() + self.columns() + tile } else { tile.max(parts * self.stride()) };
+        ScratchReq::new(reals, 0)
     }
 
-    /// The scores of half `half` of token `t`, copied together.
+    /// The scores of half `half` of token `t`, copied together from where all are.
     pub(super) fn gather(&self, scores: &[f32], half: usize, t: usize, to: &mut [f32]) {
-        let pieces = scores[self.columns()..].chunks_exact(self.tokens * KEYS);
+        let pieces = scores[self.halves() * self.columns()..].chunks_exact(self.tokens * KEYS);
         for (piece, to) in pieces.skip(half * self.pieces).zip(to.chunks_mut(KEYS).take(self.pieces)) {
             to.copy_from_slice(&piece[t * KEYS..][..to.len()]);
         }
@@ -59,7 +79,7 @@ impl Turned {
 }
 
 impl Cpu {
-    /// Scores into `shared`, of [`Turned::shared`]; each of `workers` has [`Turned::worker`].
+    /// All scores into `shared`, of [`Turned::shared`]; each of `workers` has [`Turned::worker`].
     pub(super) fn score_turned<'w, K: RowStore + Sync>(
         &self,
         turned: &Turned,
@@ -68,23 +88,62 @@ impl Cpu {
         shared: &mut [f32],
         workers: impl Iterator<Item = &'w mut [f32]> + Send,
     ) {
-        let SelectDims { tokens, sub_keys, half_dim: c, .. } = turned.dims;
-        let (columns, scores) = shared.split_at_mut(turned.columns());
-        let half_len = columns.len() / turned.halves();
-        let row = turned.halves() * c;
-        self.pool.for_each(queries.len(), columns.chunks_mut(half_len).enumerate(), |(half, columns)| {
-            dispatch!(self.token, s => lay_out(s, &queries[half * c..], (row, tokens, c), columns));
+        let SelectDims { tokens, half_dim: c, .. } = turned.dims;
+        let (columns, scores) = shared.split_at_mut(turned.halves() * turned.columns());
+        self.pool.for_each(queries.len(), columns.chunks_mut(turned.columns()).enumerate(), |(half, columns)| {
+            self.lay_out_queries(turned, queries, half, columns);
         });
         let columns = &*columns;
         let cost = tokens * turned.dims.key_rows() * c / 16;
         let pieces = scores.chunks_exact_mut(turned.tokens * KEYS).enumerate();
         self.pool.for_each_with(cost, pieces, workers, |worker, (i, out)| {
-            let (half, first) = (i / turned.pieces, i % turned.pieces * KEYS);
-            let count = KEYS.min(sub_keys - first);
-            let (wide, tile) = worker.split_at_mut(KEYS * c);
-            let rows = rows(self.token, keys, (half * sub_keys + first, count, c), wide);
-            multiply(self.token, rows, (count, c), &columns[half * half_len..], tile, out);
+            let (half, piece) = (i / turned.pieces, i % turned.pieces);
+            let columns = &columns[half * turned.columns()..];
+            self.score_piece(turned, keys, (half, piece), columns, worker, (out, KEYS));
         });
+    }
+
+    /// The scores of half `half` into the first [`Turned::scores`] of `out`, `stride` apart; `worker` is the rest of [`Turned::worker`].
+    pub(super) fn score_half<K: RowStore>(
+        &self,
+        turned: &Turned,
+        queries: &[f32],
+        keys: &K,
+        half: usize,
+        worker: &mut [f32],
+        out: &mut [f32],
+    ) {
+        let (columns, worker) = worker.split_at_mut(turned.columns());
+        self.lay_out_queries(turned, queries, half, columns);
+        for piece in 0..turned.pieces {
+            let out = (&mut out[piece * KEYS..], turned.stride());
+            self.score_piece(turned, keys, (half, piece), columns, worker, out);
+        }
+    }
+
+    fn lay_out_queries(&self, turned: &Turned, queries: &[f32], half: usize, columns: &mut [f32]) {
+        let SelectDims { tokens, half_dim: c, .. } = turned.dims;
+        let row = turned.halves() * c;
+        dispatch!(self.token, s => lay_out(s, &queries[half * c..], (row, tokens, c), columns));
+    }
+
+    /// The scores `[tokens, KEYS]` of a piece of a half, from one token's to the next `stride` apart. Behind the last sub-key they
+    /// mean nothing.
+    fn score_piece<K: RowStore>(
+        &self,
+        turned: &Turned,
+        keys: &K,
+        (half, piece): (usize, usize),
+        columns: &[f32],
+        worker: &mut [f32],
+        out: (&mut [f32], usize),
+    ) {
+        let SelectDims { sub_keys, half_dim: c, .. } = turned.dims;
+        let first = piece * KEYS;
+        let count = KEYS.min(sub_keys - first);
+        let (wide, tile) = worker.split_at_mut(KEYS * c);
+        let rows = rows(self.token, keys, (half * sub_keys + first, count, c), wide);
+        dispatch!(self.token, s => multiply(s, rows, (count, turned.tokens, c), columns, tile, out));
     }
 }
 
@@ -136,30 +195,19 @@ fn write_row<S: Simd, E: Element>(s: S, row: &Row<'_, E>, to: &mut [f32]) {
     }
 }
 
-/// The scores `[tokens, KEYS]` of `count` sub-keys. Behind them they mean nothing.
-fn multiply(
-    token: Token,
-    rows: &[f32],
-    (count, c): (usize, usize),
-    columns: &[f32],
-    tile: &mut [f32],
-    out: &mut [f32],
-) {
-    dispatch!(token, s => multiply_by(s, rows, (count, c), columns, tile, out));
-}
-
+/// The scores `[tokens, KEYS]` of `count` sub-keys, from one token's to the next `stride` apart.
 #[inline(always)]
-fn multiply_by<S: Simd>(
+fn multiply<S: Simd>(
     s: S,
     rows: &[f32],
-    (count, c): (usize, usize),
+    (count, tokens, c): (usize, usize, usize),
     columns: &[f32],
     tile: &mut [f32],
-    out: &mut [f32],
+    (out, stride): (&mut [f32], usize),
 ) {
     let width = product::width::<S>();
-    for (panel, out) in columns.chunks_exact(c * width).zip(out.chunks_mut(width * KEYS)) {
-        let tokens = out.len() / KEYS;
+    for (first, panel) in (0..tokens).step_by(width).zip(columns.chunks_exact(c * width)) {
+        let tokens = width.min(tokens - first);
         let used = if tokens <= S::LANES { S::LANES } else { width };
         for k in (0..c).step_by(DEPTH) {
             let left = Left { data: &rows[k..], row: c, step: 1 };
@@ -168,7 +216,7 @@ fn multiply_by<S: Simd>(
         }
         for n in (0..KEYS).step_by(S::LANES) {
             for t in (0..tokens).step_by(S::LANES) {
-                s.turn((&tile[n * width + t..], width), (&mut out[t * KEYS + n..], KEYS));
+                s.turn((&tile[n * width + t..], width), (&mut out[(first + t) * stride + n..], stride));
             }
         }
     }
