@@ -88,13 +88,9 @@ impl<K: RowStore + Sync> Call<'_, K> {
         let pieces = dqueries.chunks_mut((tokens * halves * c).max(1)).enumerate();
         cpu.pool.for_each(cost, pieces, |(i, dqueries)| {
             dispatch!(cpu.token, s => {
-                // A half after the other, whose keys so stay near.
-                for half in 0..halves {
-                    for (t, dqueries) in dqueries.chunks_exact_mut(halves * c).enumerate() {
-                        let (th, part) = ((i * tokens + t) * dims.heads + half / dims.parts, half % dims.parts);
-                        let dquery = &mut dqueries[half * c..(half + 1) * c];
-                        columns(s, c, &mut QuerySum { call: self, th, part, dquery });
-                    }
+                for (j, dquery) in dqueries.chunks_exact_mut(c).enumerate() {
+                    let (th, part) = (i * tokens * dims.heads + j / dims.parts, j % dims.parts);
+                    columns(s, c, &mut QuerySum { call: self, th, part, dquery });
                 }
             });
         });
