@@ -14,6 +14,7 @@ const KEYS: usize = 128;
 
 /// Tokens for which this is faster than reading the sub-keys for each, and than laying them out.
 pub(super) const TOKENS: core::ops::RangeInclusive<usize> = 6..=MOST;
+/// The most of them.
 pub(super) const MOST: usize = 64;
 
 /// How some tokens are scored.
@@ -103,7 +104,8 @@ impl Cpu {
         });
     }
 
-    /// The scores of half `half` into the first [`Turned::scores`] of `out`, `stride` apart; `worker` is the rest of [`Turned::worker`].
+    /// The scores of half `half` into the first [`Turned::scores`] of `out`, [`Turned::stride`] apart; `worker`
+    /// is the rest of [`Turned::worker`].
     pub(super) fn score_half<K: RowStore>(
         &self,
         turned: &Turned,
@@ -143,7 +145,7 @@ impl Cpu {
         let count = KEYS.min(sub_keys - first);
         let (wide, tile) = worker.split_at_mut(KEYS * c);
         let rows = rows(self.token, keys, (half * sub_keys + first, count, c), wide);
-        dispatch!(self.token, s => multiply(s, rows, (count, turned.tokens, c), columns, tile, out));
+        multiply(self.token, rows, (count, turned.tokens, c), columns, tile, out);
     }
 }
 
@@ -196,8 +198,19 @@ fn write_row<S: Simd, E: Element>(s: S, row: &Row<'_, E>, to: &mut [f32]) {
 }
 
 /// The scores `[tokens, KEYS]` of `count` sub-keys, from one token's to the next `stride` apart.
+fn multiply(
+    token: Token,
+    rows: &[f32],
+    size: (usize, usize, usize),
+    columns: &[f32],
+    tile: &mut [f32],
+    out: (&mut [f32], usize),
+) {
+    dispatch!(token, s => multiply_by(s, rows, size, columns, tile, out));
+}
+
 #[inline(always)]
-fn multiply<S: Simd>(
+fn multiply_by<S: Simd>(
     s: S,
     rows: &[f32],
     (count, tokens, c): (usize, usize, usize),
