@@ -145,6 +145,17 @@ impl Layout {
         self.worker.times(threads).and(self.shared).and(ScratchReq::new(LINE, LINE))
     }
 
+    /// The scores of one token that begin at `start` in those of each half; flat keys have no second.
+    fn of_token<'a>(
+        &self,
+        (first, second): (&'a mut [f32], &'a mut [f32]),
+        start: usize,
+    ) -> (&'a mut [f32], &'a mut [f32]) {
+        let at = start..start + self.padded;
+        let second = if self.dims.parts == 2 { &mut second[at.clone()] } else { &mut [] };
+        (&mut first[at], second)
+    }
+
     /// What each worker has: the scores of a tile or the integers of queries, and the rest for choosing.
     fn workers<'a>(
         self,
@@ -315,9 +326,8 @@ impl Cpu {
             }
             let (first, second) = scores.split_at_mut(turned.scores());
             for (t, bag) in bags.iter_mut().flatten().enumerate() {
-                let at = t * turned.stride()..t * turned.stride() + layout.padded;
-                let second = if parts == 2 { &mut second[at.clone()] } else { &mut [][..] };
-                chooser.choose(self.token, (&mut first[at], second), bag);
+                let scores = layout.of_token((&mut *first, &mut *second), t * turned.stride());
+                chooser.choose(self.token, scores, bag);
             }
         });
     }
@@ -342,9 +352,8 @@ impl Cpu {
             for (p, scores) in scores.chunks_exact_mut(layout.padded).take(dims.parts).enumerate() {
                 turned.gather(shared, h * dims.parts + p, t, &mut scores[..dims.sub_keys]);
             }
-            let (first, second) = scores.split_at_mut(layout.padded);
-            let second = if dims.parts == 2 { &mut second[..layout.padded] } else { &mut [][..] };
-            chooser.choose(self.token, (first, second), &mut bag);
+            let scores = layout.of_token(scores.split_at_mut(layout.padded), 0);
+            chooser.choose(self.token, scores, &mut bag);
         });
     }
 
@@ -378,10 +387,9 @@ impl Cpu {
                 self.score_tile(layout, (i * layout.tile, tokens, h), queries, panels, scores);
                 let (first, second) = scores.split_at_mut(layout.tile * layout.padded);
                 for t in 0..tokens {
-                    let at = t * layout.padded..(t + 1) * layout.padded;
-                    let second = if dims.parts == 2 { &mut second[at.clone()] } else { &mut [][..] };
+                    let scores = layout.of_token((&mut *first, &mut *second), t * layout.padded);
                     let bag = &mut tile.part(t * dims.heads + h, dims.top_k);
-                    chooser.choose(self.token, (&mut first[at], second), bag);
+                    chooser.choose(self.token, scores, bag);
                 }
             }
         });
@@ -432,10 +440,9 @@ impl Cpu {
                     for (t, (a, b)) in a.into_iter().zip(b).take(count).enumerate() {
                         let half = |p: usize, coarse| Half { query: query(t, p), first: dims.key_row(h, p, 0), coarse };
                         let halves = [half(0, a), half(dims.parts - 1, b)];
-                        let at = t * layout.padded..(t + 1) * layout.padded;
-                        let second = if dims.parts == 2 { &mut second[at.clone()] } else { &mut [][..] };
+                        let scores = layout.of_token((&mut *first, &mut *second), t * layout.padded);
                         let bag = &mut tile.part((from + t) * heads + h - head, dims.top_k);
-                        self.choose_or_score(chooser, table, halves, (&mut first[at], second), bag);
+                        self.choose_or_score(chooser, table, halves, scores, bag);
                     }
                 }
             }
