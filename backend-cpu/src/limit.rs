@@ -7,6 +7,7 @@ use memlayer_core::error::check_ids;
 
 use crate::Cpu;
 use crate::isa::{Level, Simd, dispatch};
+use crate::ops::bag::BURST;
 
 /// Bytes of a row that are read in one go.
 const BLOCK: usize = 512;
@@ -18,8 +19,8 @@ const GROUP: usize = 128;
 const ROW_COST: usize = 16;
 
 impl Cpu {
-    /// Reads the rows `ids` of a table of rows of `row_bytes` and does next to nothing with them, asking for each
-    /// `ahead` rows before: a limit to measure [`memlayer_core::ops::EmbeddingBag::bag_sum`] against, with the same
+    /// Reads the rows `ids` of a table of rows of `row_bytes` and does next to nothing with them, asking for each some
+    /// `ahead` rows before, many at once: a limit to measure [`memlayer_core::ops::EmbeddingBag::bag_sum`] against, with the same
     /// workers on the same memory. Rows longer than 512 bytes are read as bags are: block by block, each of a group of
     /// rows after the other, which is faster where the hardware fetches ahead. Gives the sum of a word of every 64 bytes,
     /// so that no read can be left out; fewer than eight bytes at the end of a row are not read.
@@ -103,16 +104,19 @@ impl Part<'_> {
             for col in (0..rows.bytes()).step_by(BLOCK) {
                 let last = col + BLOCK >= rows.bytes();
                 let (rest, at) = if last { (behind, 0) } else { (group, col + BLOCK) };
-                let inside = group.len().saturating_sub(ahead);
-                for (&id, &next) in group[..inside].iter().zip(&group[group.len() - inside..]) {
-                    s.prefetch_all(Level::Second, rows.block(self.table, next, col));
-                    touch(&mut sum, rows.block(self.table, id, col));
-                }
-                for (l, &id) in group.iter().enumerate().skip(inside) {
-                    if let Some(&next) = rest.get(l + ahead - group.len()) {
+                for (i, burst) in group.chunks(BURST).enumerate() {
+                    let (first, end) = (i * BURST + ahead, i * BURST + ahead + burst.len());
+                    for &next in group.iter().take(end).skip(first) {
+                        s.prefetch_all(Level::Second, rows.block(self.table, next, col));
+                    }
+                    for &next in
+                        rest.iter().take(end.saturating_sub(group.len())).skip(first.saturating_sub(group.len()))
+                    {
                         s.prefetch_all(Level::Second, rows.block(self.table, next, at));
                     }
-                    touch(&mut sum, rows.block(self.table, id, col));
+                    for &id in burst {
+                        touch(&mut sum, rows.block(self.table, id, col));
+                    }
                 }
             }
         }

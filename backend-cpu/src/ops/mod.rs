@@ -1,6 +1,6 @@
 //! The operations, each in the file that has its name in `core`.
 
-mod bag;
+pub(crate) mod bag;
 mod choose;
 mod coarse;
 mod dense;

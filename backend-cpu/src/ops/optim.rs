@@ -8,11 +8,11 @@ use memlayer_core::{ArgError, Element, Scratch, ScratchReq, TrainStore, Trainabl
 use crate::Cpu;
 use crate::isa::rows::{self, as_f32, widen};
 use crate::isa::{Level, Simd, dispatch};
-use crate::ops::bag::row_cost;
+use crate::ops::bag::{BURST, row_cost};
 use crate::ops::plan::{ROWS, row_sum};
 use crate::scalar::Single;
 
-/// Rows that are asked for before they are changed.
+/// Rows between those that are asked for, [`BURST`] at once, and the first of them that is changed.
 const AHEAD: usize = 4;
 
 impl<T: TrainStore<State = f32> + Send, O: RowRule> RowUpdate<T, O> for Cpu {
@@ -204,10 +204,12 @@ impl<O: RowRule> Change<'_, O> {
     ) {
         let (wide, grad) = worker.split_at_mut(worker.len() / 2);
         for (u, &id) in piece.rows.iter().enumerate() {
-            if let Some(&next) = piece.rows.get(u + AHEAD) {
-                let (codes, state) = piece.table.row_and_state(next);
-                s.prefetch_all(Level::Second, codes);
-                s.prefetch_all(Level::Second, state);
+            if u.is_multiple_of(BURST) {
+                for &next in piece.rows.iter().skip(u + AHEAD).take(BURST) {
+                    let (codes, state) = piece.table.row_and_state(next);
+                    s.prefetch_all(Level::Second, codes);
+                    s.prefetch_all(Level::Second, state);
+                }
             }
             // And the next one in the first-level cache: a tenth of an update of many rows.
             if let Some(&next) = piece.rows.get(u + 1) {
