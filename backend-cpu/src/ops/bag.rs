@@ -26,10 +26,17 @@ pub(crate) const BURST: usize = 16;
 /// Bytes from which on a table is large. Of rows in a cache, asking in bursts takes time that sums would else hide.
 const LARGE: usize = 1 << 26;
 
-/// Whether rows of a table are asked for in bursts.
-fn bursts<T: RowStore>(table: &T) -> bool {
+/// Whether blocks of `width` columns of a table's rows are asked for in bursts, where [`may_burst`] holds.
+#[inline(always)]
+fn bursts<T: RowStore>(table: &T, width: usize) -> bool {
     let row = T::Elem::codes(table.dim()) * size_of::<T::Elem>();
-    table.rows().saturating_mul(row) >= LARGE
+    long::<T::Elem>(width) && table.rows().saturating_mul(row) >= LARGE
+}
+
+/// Whether there is code for bursts at all: a constant, so that none is made where portable vectors would take it or, as of
+/// int4, no block is [`long`].
+const fn may_burst<S: Simd, E: Element>() -> bool {
+    S::BURSTS && !matches!(E::FORMAT, Format::Int4 | Format::Int4x64)
 }
 
 /// About how long a row of `dim` values takes, in nanoseconds.
@@ -102,25 +109,24 @@ fn long<E: Element>(width: usize) -> bool {
     E::codes(width) * size_of::<E>() > 128
 }
 
-/// Asks for what row `l` of a bag gives reason to: the row that comes [`AHEAD`] bytes after it, in `bursts` at the first of
+/// Asks for what row `l` of a bag gives reason to: the row that comes [`AHEAD`] bytes after it, with `BURSTS` at the first of
 /// each [`BURST`] rows, and one that is [`NEAR`] once more.
 #[inline(always)]
-fn ask<S: Simd, T: RowStore>(
+fn ask<S: Simd, T: RowStore, const BURSTS: bool>(
     s: S,
     table: &T,
     row: impl Fn(usize) -> Option<u32>,
     (l, bag): (usize, usize),
     columns: (usize, usize),
-    bursts: bool,
 ) {
-    if !(bursts && long::<T::Elem>(columns.1)) {
-        ask_far(s, table, &row, (l, bag), columns);
+    ask_near(s, table, &row, (l, bag), columns);
+    if !BURSTS {
+        ask_far(s, table, row, (l, bag), columns);
     } else if l.is_multiple_of(BURST) {
         for l in l..bag.min(l + BURST) {
             ask_far(s, table, &row, (l, bag), columns);
         }
     }
-    ask_near(s, table, &row, (l, bag), columns);
 }
 
 /// Asks for the row that comes [`AHEAD`] bytes after row `l` of a bag, in the second-level cache: in this block of columns,
@@ -201,17 +207,30 @@ struct Sum<'a, T> {
     accumulate: bool,
 }
 
+impl<T: RowStore> Sum<'_, T> {
+    /// Adds the rows to a block of columns.
+    #[inline(always)]
+    fn rows<S: Simd, const NV: usize, const BURSTS: bool>(&self, s: S, acc: &mut [S::V; NV], col: usize) {
+        let (bag, width) = (self.weights.len(), NV * S::LANES);
+        for (l, (&id, &weight)) in self.ids.iter().zip(self.weights).enumerate() {
+            ask::<S, T, BURSTS>(s, self.table, |l| self.ids.get(l).copied(), (l, bag), (col, width));
+            add_row(s, acc, weight, &self.table.row(id), col);
+        }
+    }
+}
+
 impl<T: RowStore> Columns for Sum<'_, T> {
     // Rows of more bytes are slower so, and groups of int4, whose products take registers too.
     const WIDE: bool = matches!(T::Elem::FORMAT, Format::Int8 | Format::E4m3 | Format::E5m2);
 
     #[inline(always)]
     fn block<S: Simd, const NV: usize>(&mut self, s: S, col: usize) {
+        let width = NV * S::LANES;
         let mut acc = [s.splat(0.0); NV];
-        let (bag, width, bursts) = (self.weights.len(), NV * S::LANES, bursts(self.table));
-        for (l, (&id, &weight)) in self.ids.iter().zip(self.weights).enumerate() {
-            ask(s, self.table, |l| self.ids.get(l).copied(), (l, bag), (col, width), bursts);
-            add_row(s, &mut acc, weight, &self.table.row(id), col);
+        if const { may_burst::<S, T::Elem>() } && bursts(self.table, width) {
+            self.rows::<S, NV, true>(s, &mut acc, col);
+        } else {
+            self.rows::<S, NV, false>(s, &mut acc, col);
         }
         let out = &mut self.out[col..col + width];
         if self.accumulate {
@@ -236,10 +255,11 @@ pub(super) struct Dot<'a, T, R> {
     pub(super) far: bool,
 }
 
-impl<T: RowStore, R: Fn(usize) -> Option<u32>> Columns for Dot<'_, T, R> {
+impl<T: RowStore, R: Fn(usize) -> Option<u32>> Dot<'_, T, R> {
+    /// The dots of a block of columns.
     #[inline(always)]
-    fn block<S: Simd, const NV: usize>(&mut self, s: S, col: usize) {
-        let (bag, width, bursts) = (self.out.len(), NV * S::LANES, bursts(self.table));
+    fn rows<S: Simd, const NV: usize, const BURSTS: bool>(&mut self, s: S, col: usize) {
+        let (bag, width) = (self.out.len(), NV * S::LANES);
         let vector = &self.vector[col..col + width];
         let mut x = [s.splat(0.0); NV];
         for (i, x) in x.iter_mut().enumerate() {
@@ -247,11 +267,22 @@ impl<T: RowStore, R: Fn(usize) -> Option<u32>> Columns for Dot<'_, T, R> {
         }
         for (l, out) in self.out.iter_mut().enumerate() {
             if self.far {
-                ask(s, self.table, &self.row, (l, bag), (col, width), bursts);
+                ask::<S, T, BURSTS>(s, self.table, &self.row, (l, bag), (col, width));
             }
             let Some(id) = (self.row)(l) else { return };
             let dot = dot_row(s, &x, &self.table.row(id), col);
             *out = if col == 0 { dot } else { *out + dot };
+        }
+    }
+}
+
+impl<T: RowStore, R: Fn(usize) -> Option<u32>> Columns for Dot<'_, T, R> {
+    #[inline(always)]
+    fn block<S: Simd, const NV: usize>(&mut self, s: S, col: usize) {
+        if const { may_burst::<S, T::Elem>() } && self.far && bursts(self.table, NV * S::LANES) {
+            self.rows::<S, NV, true>(s, col);
+        } else {
+            self.rows::<S, NV, false>(s, col);
         }
     }
 }
