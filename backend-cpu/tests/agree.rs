@@ -208,6 +208,22 @@ fn bags() {
     bags_of(&DenseRows::new(&codes, 64), 32, 500, random, &cpus);
 }
 
+/// Tables of 64 MiB, whose rows are asked for in bursts: bags of more and of fewer rows than one, of which nothing is left over or is.
+#[test]
+fn bags_of_a_large_table() {
+    let (random, cpus, dim) = (&mut Random(3), backends(), 1100);
+    let rows = (1usize << 26).div_ceil(dim) + 4;
+    let codes: Vec<i8> = (0..dim + 255).map(|_| random.next() as i8).collect();
+    let codes: Vec<i8> = (0..rows).flat_map(|row| &codes[row % 255..][..dim]).copied().collect();
+    let scales = random.reals(rows);
+    let reals: Vec<f32> = codes[..codes.len().div_ceil(4)].iter().map(|&code| f32::from(code) / 128.0).collect();
+    let reals = &reals[..reals.len() / dim * dim];
+    for (bag, tokens) in [(5, 3), (16, 2), (100, 2)] {
+        bags_of(&ScaledRows::new(&codes[..], &scales, dim, dim).unwrap(), bag, tokens, random, &cpus);
+        bags_of(&DenseRows::new(reals, dim), bag, tokens, random, &cpus);
+    }
+}
+
 fn carve<D: Host<Scalar = f32>>(buffers: &mut [u32], n: usize) -> PlanBuffers<'_, D> {
     PlanBuffers::carve(buffers, n).unwrap().0
 }
