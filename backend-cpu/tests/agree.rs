@@ -208,7 +208,7 @@ fn bags() {
     bags_of(&DenseRows::new(&codes, 64), 32, 500, random, &cpus);
 }
 
-/// Tables of 64 MiB, whose rows are asked for in bursts: bags of more and of fewer rows than one, of which nothing is left over or is.
+/// Tables of 64 MiB, whose rows are asked for in bursts: bags shorter than a burst, as long, and of several with a rest.
 #[test]
 fn bags_of_a_large_table() {
     let (random, cpus, dim) = (&mut Random(3), backends(), 1100);

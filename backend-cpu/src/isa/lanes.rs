@@ -26,7 +26,6 @@ impl<const L: usize> Lanes<L> {
 
 impl<const L: usize> Simd for Lanes<L> {
     const LANES: usize = L;
-    const BURSTS: bool = false;
     const TILE: usize = 4;
     type V = [f32; L];
 

@@ -163,8 +163,6 @@ pub(crate) enum Level {
 pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Scalars in a vector.
     const LANES: usize;
-    /// Whether sums of rows are so few instructions that rows of large tables are better asked for in bursts.
-    const BURSTS: bool = true;
     /// Rows of the tile that a product keeps in registers.
     const TILE: usize;
     /// Where counting starts: the floats from here on are consecutive integers, and so are their bits.

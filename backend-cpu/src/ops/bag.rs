@@ -26,17 +26,11 @@ pub(crate) const BURST: usize = 16;
 /// Bytes from which on a table is large. Of rows in a cache, asking in bursts takes time that sums would else hide.
 const LARGE: usize = 1 << 26;
 
-/// Whether blocks of `width` columns of a table's rows are asked for in bursts, where [`may_burst`] holds.
+/// Whether blocks of `width` columns of a table's rows are asked for in bursts.
 #[inline(always)]
 fn bursts<T: RowStore>(table: &T, width: usize) -> bool {
     let row = T::Elem::codes(table.dim()) * size_of::<T::Elem>();
     long::<T::Elem>(width) && table.rows().saturating_mul(row) >= LARGE
-}
-
-/// Whether there is code for bursts at all: a constant, so that none is made where portable vectors would take it or, as of
-/// int4, no block is [`long`].
-const fn may_burst<S: Simd, E: Element>() -> bool {
-    S::BURSTS && !matches!(E::FORMAT, Format::Int4 | Format::Int4x64)
 }
 
 /// About how long a row of `dim` values takes, in nanoseconds.
@@ -119,6 +113,7 @@ fn ask<S: Simd, T: RowStore, const BURSTS: bool>(
     (l, bag): (usize, usize),
     columns: (usize, usize),
 ) {
+    // This first: behind the other, sums of int4 rows took a twelfth more instructions (AVX2).
     ask_near(s, table, &row, (l, bag), columns);
     if !BURSTS {
         ask_far(s, table, row, (l, bag), columns);
@@ -227,7 +222,7 @@ impl<T: RowStore> Columns for Sum<'_, T> {
     fn block<S: Simd, const NV: usize>(&mut self, s: S, col: usize) {
         let width = NV * S::LANES;
         let mut acc = [s.splat(0.0); NV];
-        if const { may_burst::<S, T::Elem>() } && bursts(self.table, width) {
+        if bursts(self.table, width) {
             self.rows::<S, NV, true>(s, &mut acc, col);
         } else {
             self.rows::<S, NV, false>(s, &mut acc, col);
@@ -279,7 +274,7 @@ impl<T: RowStore, R: Fn(usize) -> Option<u32>> Dot<'_, T, R> {
 impl<T: RowStore, R: Fn(usize) -> Option<u32>> Columns for Dot<'_, T, R> {
     #[inline(always)]
     fn block<S: Simd, const NV: usize>(&mut self, s: S, col: usize) {
-        if const { may_burst::<S, T::Elem>() } && self.far && bursts(self.table, NV * S::LANES) {
+        if self.far && bursts(self.table, NV * S::LANES) {
             self.rows::<S, NV, true>(s, col);
         } else {
             self.rows::<S, NV, false>(s, col);
