@@ -122,9 +122,10 @@ impl Buffer {
     }
 
     /// Writes a row of `dim` values of any format as integers: their scale, their bounds with the norms squared, the codes.
-    pub(super) fn quantize_row<E: Element>(
+    #[inline(always)]
+    pub(super) fn quantize_row<S: Simd, E: Element>(
         &mut self,
-        token: Token,
+        s: S,
         row: &Row<'_, E>,
         dim: usize,
     ) -> (f32, Bounds, &[i8]) {
@@ -137,7 +138,7 @@ impl Buffer {
                 &self.values[..dim.next_multiple_of(LANES)]
             }
         };
-        let (scale, bounds) = dispatch!(token, s => quantize_squared(s, values, &mut self.codes));
+        let (scale, bounds) = quantize_squared(s, values, &mut self.codes);
         (scale, bounds, &self.codes[..dim])
     }
 }
@@ -328,7 +329,7 @@ mod tests {
         let (q, codes) = buffer.quantize(token(), &query);
         let mut pack = |key: &Vec<f32>| {
             let row = Row { codes: &key[..], scales: &[], group: dim };
-            let (scale, squared, codes) = other.quantize_row(token(), &row, dim);
+            let (scale, squared, codes) = dispatch!(token(), s => other.quantize_row(s, &row, dim));
             (scale, squared.root(), codes.to_vec())
         };
         let packed: Vec<_> = keys.iter().map(&mut pack).collect();

@@ -223,22 +223,20 @@ impl Panel<'_> {
             self.codes.fill(0);
         }
         let mut buffer = Buffer::new();
-        for n in 0..count {
+        dispatch!(token, s => for n in 0..count {
             #[allow(clippy::cast_possible_truncation, reason = "a row of a table: ids have 32 bits")]
             let row = keys.row((first + n) as u32);
-            if let Some((codes, scales)) = as_int8(&row, 1) {
-                let scale = scales.first().copied().unwrap_or(1.0);
-                int8.pack_column(codes, n, self.codes);
-                self.scales[n] = scale;
-                bounds = bounds
-                    .and(Bounds { norm: dispatch!(token, _s => square(scale, codes)), ..Bounds::of_scale(scale, dim) });
-            } else {
-                let (scale, squared, codes) = buffer.quantize_row(token, &row, dim);
-                int8.pack_column(codes, n, self.codes);
-                self.scales[n] = scale;
-                bounds = bounds.and(squared);
-            }
-        }
+            let (scale, squared, codes) = match as_int8(&row, 1) {
+                Some((codes, scales)) => {
+                    let scale = scales.first().copied().unwrap_or(1.0);
+                    (scale, Bounds { norm: square(scale, codes), ..Bounds::of_scale(scale, dim) }, codes)
+                }
+                None => buffer.quantize_row(s, &row, dim),
+            };
+            int8.pack_column(codes, n, self.codes);
+            self.scales[n] = scale;
+            bounds = bounds.and(squared);
+        });
         bounds.root().store(self.bounds);
     }
 }

@@ -1,6 +1,7 @@
 //! Selection: exactly the brute force over all slots, whatever the scores.
 
 use memlayer_core::ops::SelectRows;
+use memlayer_core::ops::plan::CHUNK;
 use memlayer_core::ops::select::{Select, SelectBackward, SelectDims, score_order};
 use memlayer_core::{Device, Element, Reference, ScaledRows, Table};
 
@@ -250,35 +251,29 @@ pub fn reads_packed_keys<D: Subject>(device: &D) {
 /// # Panics
 /// If one differs.
 pub fn backward_is_the_references<D: Subject>(device: &D) {
-    for (i, dims) in shapes().into_iter().enumerate() {
+    // Sub-keys with a chunk of entries, with one more, and with several.
+    let hot = [(CHUNK, 1), (CHUNK + 1, 1), (2 * CHUNK, 1), (2 * CHUNK + 1, 1), (4 * CHUNK, 3)];
+    let hot = hot.map(|(tokens, n)| SelectDims { tokens, heads: 2, parts: 2, sub_keys: n, half_dim: 9, top_k: n });
+    for (i, dims) in shapes().into_iter().chain(hot).enumerate() {
         let mut random = Random::new(900 + i as u64);
         let queries = random.reals::<f32>(dims.queries_len());
         let keys = random.reals::<f32>(dims.key_rows() * dims.half_dim);
         let chosen = select(device, dims, &queries, &keys);
-        // Weights of one slot each make the softmax's backward exact: zero times anything, and x - x.
-        for hard in [true, false] {
-            let mut weights = chosen.weights.clone();
-            if hard {
-                for bag in weights.chunks_exact_mut(dims.top_k) {
-                    bag.fill(0.0);
-                    bag[0] = 1.0;
-                }
-            }
-            let dweights = random.integers::<f32>(dims.bags_len(), 4);
-            let (ours, theirs) = (
-                backward(device, dims, &queries, &keys, &chosen.ids, &weights, &dweights),
-                backward(&Reference::<f32>::new(), dims, &queries, &keys, &chosen.ids, &weights, &dweights),
-            );
-            if hard {
-                for (name, a, b) in [("dscores", 0, 0), ("dqueries", 1, 1), ("dkeys", 2, 2)] {
-                    assert_same_bits(&theirs[a], &ours[b], &format!("{name} of {dims:?}"));
-                }
-                continue;
-            }
-            let bound = (dims.top_k + 4) as f64 * 5.0 * f64::from(f32::EPSILON);
-            let expected: Vec<f64> = theirs[0].iter().map(|&x| f64::from(x)).collect();
-            assert_within(&expected, &ours[0], &vec![bound; expected.len()], &format!("dscores of {dims:?}"));
+        let dweights = random.integers::<f32>(dims.bags_len(), 4);
+        let both = |weights: &[f32]| {
+            let reference = Reference::<f32>::new();
+            let expected = backward(&reference, dims, &queries, &keys, &chosen.ids, weights, &dweights);
+            (expected, backward(device, dims, &queries, &keys, &chosen.ids, weights, &dweights))
+        };
+        // Of equal weights, a power of two, and small integers the softmax's backward is exact in whatever order it sums.
+        let (expected, found) = both(&vec![1.0 / 128.0; dims.bags_len()]);
+        for (i, name) in ["dscores", "dqueries", "dkeys"].iter().enumerate() {
+            assert_same_bits(&expected[i], &found[i], &format!("{name} of {dims:?}"));
         }
+        let ([expected, ..], [found, ..]) = both(&chosen.weights);
+        let bound = (dims.top_k + 4) as f64 * 5.0 * f64::from(f32::EPSILON);
+        let expected: Vec<f64> = expected.iter().map(|&x| f64::from(x)).collect();
+        assert_within(&expected, &found, &vec![bound; expected.len()], &format!("dscores of {dims:?}"));
     }
 }
 
