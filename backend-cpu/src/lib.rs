@@ -49,6 +49,8 @@ pub struct Cpu {
     pool: Pool,
     name: String,
     isa: Isa,
+    /// [`isa::sums_whole_rows`].
+    whole_rows: bool,
 }
 
 /// Why there is no [`Cpu`].
@@ -118,7 +120,8 @@ impl CpuBuilder {
             None => std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
         };
         let pool = Pool::new(threads).map_err(CpuError::Spawn)?;
-        Ok(Cpu { token, int8: Int8::new(token), pool, name: format!("cpu {isa} x{threads}"), isa })
+        let (name, whole_rows) = (format!("cpu {isa} x{threads}"), isa::sums_whole_rows());
+        Ok(Cpu { token, int8: Int8::new(token), pool, name, isa, whole_rows })
     }
 }
 

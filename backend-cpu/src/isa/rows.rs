@@ -12,7 +12,10 @@ pub(crate) const BLOCK: usize = 128;
 pub(crate) trait Columns {
     /// Whether blocks of 16 vectors are worth it, where there are registers for them: of rows of bytes a block of 8 is two
     /// lines, and the same row is then read again for the next two.
-    const WIDE: bool = false;
+    #[inline(always)]
+    fn wide(&self) -> bool {
+        false
+    }
     fn block<S: Simd, const NV: usize>(&mut self, s: S, col: usize);
 }
 
@@ -20,7 +23,7 @@ pub(crate) trait Columns {
 #[inline(always)]
 pub(crate) fn columns<S: Simd, C: Columns>(s: S, dim: usize, work: &mut C) {
     let mut col = 0;
-    if S::LANES == 16 && C::WIDE {
+    if S::LANES == 16 && work.wide() {
         while dim - col >= 16 * S::LANES {
             work.block::<S, 16>(s, col);
             col += 16 * S::LANES;

@@ -55,7 +55,8 @@ impl<T: RowStore + Sync> EmbeddingBag<T> for Cpu {
             dispatch!(self.token, s => {
                 for (t, out) in out.chunks_exact_mut(dim).enumerate() {
                     let (ids, weights) = (&ids[t * bag..], &weights[t * bag..(t + 1) * bag]);
-                    let mut sum = Sum { table, ids, weights, out, accumulate: args.accumulate };
+                    let (accumulate, whole) = (args.accumulate, self.whole_rows);
+                    let mut sum = Sum { table, ids, weights, out, accumulate, whole };
                     columns(s, dim, &mut sum);
                 }
             });
@@ -200,9 +201,17 @@ struct Sum<'a, T> {
     weights: &'a [f32],
     out: &'a mut [f32],
     accumulate: bool,
+    /// Whether rows of `f32` are read whole ([`crate::isa::sums_whole_rows`]).
+    whole: bool,
 }
 
 impl<T: RowStore> Sum<'_, T> {
+    /// Whether these are rows of `f32` that are read whole.
+    #[inline(always)]
+    fn whole(&self) -> bool {
+        T::Elem::FORMAT == Format::F32 && self.whole
+    }
+
     /// Adds the rows to a block of columns.
     #[inline(always)]
     fn rows<S: Simd, const NV: usize, const BURSTS: bool>(&self, s: S, acc: &mut [S::V; NV], col: usize) {
@@ -215,14 +224,17 @@ impl<T: RowStore> Sum<'_, T> {
 }
 
 impl<T: RowStore> Columns for Sum<'_, T> {
-    // Rows of more bytes are slower so, and groups of int4, whose products take registers too.
-    const WIDE: bool = matches!(T::Elem::FORMAT, Format::Int8 | Format::E4m3 | Format::E5m2);
+    // Rows of more bytes are slower so on most processors, and groups of int4, whose products take registers too.
+    #[inline(always)]
+    fn wide(&self) -> bool {
+        matches!(T::Elem::FORMAT, Format::Int8 | Format::E4m3 | Format::E5m2) || self.whole()
+    }
 
     #[inline(always)]
     fn block<S: Simd, const NV: usize>(&mut self, s: S, col: usize) {
         let width = NV * S::LANES;
         let mut acc = [s.splat(0.0); NV];
-        if bursts(self.table, width) {
+        if !self.whole() && bursts(self.table, width) {
             self.rows::<S, NV, true>(s, &mut acc, col);
         } else {
             self.rows::<S, NV, false>(s, &mut acc, col);
@@ -278,6 +290,40 @@ impl<T: RowStore, R: Fn(usize) -> Option<u32>> Columns for Dot<'_, T, R> {
             self.rows::<S, NV, true>(s, col);
         } else {
             self.rows::<S, NV, false>(s, col);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use memlayer_core::{DenseRows, Random};
+
+    use super::*;
+    use crate::isa::{Isa, Token};
+
+    #[test]
+    fn sums_of_whole_rows_have_the_bits_of_those_in_blocks() {
+        let random = &mut Random::new(5);
+        // 64 MiB, and columns of every kind of block.
+        let (rows, bag) = (LARGE / 4 / 815 + 1, 37);
+        #[allow(clippy::cast_possible_truncation, reason = "there are fewer rows")]
+        let ids: Vec<u32> = (0..bag).map(|_| random.below(rows) as u32).collect();
+        let mut values = vec![0.0; rows * 815];
+        for &id in &ids {
+            random.fill_normal(&mut values[id as usize * 815..][..815], 1.0);
+        }
+        let table = DenseRows::new(&values, 815);
+        let mut weights = vec![0.0; bag];
+        random.fill_normal(&mut weights, 1.0);
+        for token in Isa::available().filter_map(Token::new) {
+            let sum = |whole| -> Vec<u32> {
+                let mut out = vec![f32::NAN; 815];
+                let mut sum =
+                    Sum { table: &table, ids: &ids, weights: &weights, out: &mut out, accumulate: false, whole };
+                dispatch!(token, s => columns(s, 815, &mut sum));
+                out.iter().map(|x| x.to_bits()).collect()
+            };
+            assert_eq!(sum(true), sum(false), "{token:?}");
         }
     }
 }
