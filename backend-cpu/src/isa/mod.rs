@@ -147,9 +147,10 @@ macro_rules! dispatch {
 }
 pub(crate) use dispatch;
 
-/// Whether `f32` rows are best summed whole, each asked for by itself: so on AMD's Zen 5. Zen 4 wants them in blocks that are asked for
-/// in bursts; others have not been measured. (One core, V = 256, 256 tokens, ns a row among 2^16, 2^20 and 2^22: Zen 5 36, 47 and 54 in
-/// blocks and bursts, 29, 34 and 34 whole; V = 1024 among 2^20 210 and 160. Zen 4 among 2^22 32 in bursts and 40 one by one.)
+/// Whether `f32` rows are best summed whole, each asked for by itself: so with AVX-512 on AMD's Zen 5, for which newer ones are taken. An older
+/// EPYC wants them in blocks that are asked for in bursts; others have not been measured. (One core, V = 256, 256 tokens, ns a row among 2^16,
+/// 2^20 and 2^22: Zen 5 36, 47 and 54 in blocks and bursts, 29, 34 and 34 whole; V = 1024 among 2^20 210 and 160. The older one, blocks among
+/// 2^22, 32 in bursts and 40 one by one.)
 pub(crate) fn sums_whole_rows() -> bool {
     #[cfg(target_arch = "x86_64")]
     {

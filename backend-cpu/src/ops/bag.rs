@@ -303,24 +303,25 @@ mod tests {
 
     #[test]
     fn sums_of_whole_rows_have_the_bits_of_those_in_blocks() {
+        // Columns for each kind of block: 256 + 128 + 64 + 32 + 16 + 8 + 4 + 3.
+        const DIM: usize = 511;
         let random = &mut Random::new(5);
-        // 64 MiB, and columns of every kind of block.
-        let (rows, bag) = (LARGE / 4 / 815 + 1, 37);
-        #[allow(clippy::cast_possible_truncation, reason = "there are fewer rows")]
+        let (rows, bag) = (LARGE / 4 / DIM + 1, 37);
+        #[allow(clippy::cast_possible_truncation, reason = "fewer than 2^32 rows")]
         let ids: Vec<u32> = (0..bag).map(|_| random.below(rows) as u32).collect();
-        let mut values = vec![0.0; rows * 815];
+        let mut values = vec![0.0; rows * DIM];
         for &id in &ids {
-            random.fill_normal(&mut values[id as usize * 815..][..815], 1.0);
+            random.fill_normal(&mut values[id as usize * DIM..][..DIM], 1.0);
         }
-        let table = DenseRows::new(&values, 815);
+        let table = DenseRows::new(&values, DIM);
         let mut weights = vec![0.0; bag];
         random.fill_normal(&mut weights, 1.0);
         for token in Isa::available().filter_map(Token::new) {
             let sum = |whole| -> Vec<u32> {
-                let mut out = vec![f32::NAN; 815];
+                let mut out = vec![f32::NAN; DIM];
                 let mut sum =
                     Sum { table: &table, ids: &ids, weights: &weights, out: &mut out, accumulate: false, whole };
-                dispatch!(token, s => columns(s, 815, &mut sum));
+                dispatch!(token, s => columns(s, DIM, &mut sum));
                 out.iter().map(|x| x.to_bits()).collect()
             };
             assert_eq!(sum(true), sum(false), "{token:?}");
